@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The GRU cell of torch.nn.GRU: the reset gate multiplies after the recurrent product. Gates in torch's row order r, z, n.
+//
+//   r = sigmoid(gx_r + gh_r)    z = sigmoid(gx_z + gh_z)    n = tanh(gx_n + r gh_n)
+//   h' = (1 - z) n + z h
+#pragma once
+
+#include "math.h"
+
+namespace fastrnn {
+
+template <typename T>
+struct GruCell {
+  static constexpr int kGates = 3;                // r, z, n
+  static constexpr int kStates = 1;               // h
+  static constexpr int kSaved = 4;                // r, z, n after their activations, and gh_n
+  static constexpr bool kGateGradsDiffer = true;  // d_gh_n = r d_gx_n
+
+  FASTRNN_HD static void forward(const Values<T, kGates>& gx, const Values<T, kGates>& gh,
+                                 const Values<T, kStates>& prev, Values<T, kStates>& next, Values<T, kSaved>& saved) {
+    const T r = sigmoid(gx[0] + gh[0]);
+    const T z = sigmoid(gx[1] + gh[1]);
+    const T n = tanh(gx[2] + r * gh[2]);
+    next[0] = n + z * (prev[0] - n);
+    saved[0] = r;
+    saved[1] = z;
+    saved[2] = n;
+    saved[3] = gh[2];
+  }
+
+  // d_prev[0] is the direct way, through z h.
+  FASTRNN_HD static void backward(const Values<T, kSaved>& saved, const Values<T, kStates>& prev,
+                                  const Values<T, kStates>& /*next*/, const Values<T, kStates>& d_next,
+                                  Values<T, kStates>& d_prev, Values<T, kGates>& d_gx, Values<T, kGates>& d_gh) {
+    const T r = saved[0], z = saved[1], n = saved[2], gh_n = saved[3];
+    const T d_n = d_next[0] * (1.0f - z) * tanh_grad(n);
+    d_gx[0] = d_gh[0] = d_n * gh_n * sigmoid_grad(r);
+    d_gx[1] = d_gh[1] = d_next[0] * (prev[0] - n) * sigmoid_grad(z);
+    d_gx[2] = d_n;
+    d_gh[2] = d_n * r;
+    d_prev[0] = d_next[0] * z;
+  }
+};
+
+}  // namespace fastrnn

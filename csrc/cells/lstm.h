@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The LSTM cell of torch.nn.LSTM. Gates in torch's row order i, f, g, o.
+//
+//   i = sigmoid(gx_i + gh_i)    f = sigmoid(gx_f + gh_f)    g = tanh(gx_g + gh_g)    o = sigmoid(gx_o + gh_o)
+//   c' = f c + i g              h' = o tanh(c')
+#pragma once
+
+#include "math.h"
+
+namespace fastrnn {
+
+template <typename T>
+struct LstmCell {
+  static constexpr int kGates = 4;                 // i, f, g, o
+  static constexpr int kStates = 2;                // h, c
+  static constexpr int kSaved = 4;                 // i, f, g, o after their activations
+  static constexpr bool kGateGradsDiffer = false;  // d_gx == d_gh
+
+  FASTRNN_HD static void forward(const Values<T, kGates>& gx, const Values<T, kGates>& gh,
+                                 const Values<T, kStates>& prev, Values<T, kStates>& next, Values<T, kSaved>& saved) {
+    const T i = sigmoid(gx[0] + gh[0]);
+    const T f = sigmoid(gx[1] + gh[1]);
+    const T g = tanh(gx[2] + gh[2]);
+    const T o = sigmoid(gx[3] + gh[3]);
+    const T c = f * prev[1] + i * g;
+    next[0] = o * tanh(c);
+    next[1] = c;
+    saved[0] = i;
+    saved[1] = f;
+    saved[2] = g;
+    saved[3] = o;
+  }
+
+  // d_prev[0] is 0: h reaches the step only through W_hh. With a projection, d_next[0] is the gradient of the
+  // value before it, o tanh(c'), and next[0] is not read.
+  FASTRNN_HD static void backward(const Values<T, kSaved>& saved, const Values<T, kStates>& prev,
+                                  const Values<T, kStates>& next, const Values<T, kStates>& d_next,
+                                  Values<T, kStates>& d_prev, Values<T, kGates>& d_gx, Values<T, kGates>& d_gh) {
+    const T i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const T tanh_c = tanh(next[1]);
+    const T d_c = d_next[1] + d_next[0] * o * tanh_grad(tanh_c);
+    d_gx[0] = d_c * g * sigmoid_grad(i);
+    d_gx[1] = d_c * prev[1] * sigmoid_grad(f);
+    d_gx[2] = d_c * i * tanh_grad(g);
+    d_gx[3] = d_next[0] * tanh_c * sigmoid_grad(o);
+    for (int k = 0; k < kGates; ++k) d_gh[k] = d_gx[k];
+    d_prev[0] = T{};
+    d_prev[1] = d_c * f;
+  }
+};
+
+}  // namespace fastrnn

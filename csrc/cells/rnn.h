@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The Elman RNN cell of torch.nn.RNN, and the template for new cells.
+//
+//   h' = activation(W_ih x + b_ih + W_hh h + b_hh)
+//
+// A cell takes values and gives values: no pointer, no storage type, no loop over units. It sees the input gates
+// gx = W_ih x + b_ih and the hidden gates gh = W_hh h + b_hh apart. A cell that needs a matrix product between its gates
+// (the GRU that resets before the product) does not fit this interface.
+#pragma once
+
+#include "math.h"
+
+namespace fastrnn {
+
+struct Tanh {
+  template <typename T>
+  FASTRNN_HD static T value(T x) {
+    return tanh(x);
+  }
+  template <typename T>
+  FASTRNN_HD static T grad(T y) {
+    return tanh_grad(y);
+  }
+};
+
+struct Relu {
+  template <typename T>
+  FASTRNN_HD static T value(T x) {
+    return relu(x);
+  }
+  template <typename T>
+  FASTRNN_HD static T grad(T y) {
+    return relu_grad(y);
+  }
+};
+
+template <typename T, class Activation>
+struct RnnCell {
+  static constexpr int kGates = 1;
+  static constexpr int kStates = 1;                 // h
+  static constexpr int kSaved = 0;                  // backward needs h' alone
+  static constexpr bool kGateGradsDiffer = false;   // d_gx == d_gh
+
+  FASTRNN_HD static void forward(const Values<T, kGates>& gx, const Values<T, kGates>& gh,
+                                 const Values<T, kStates>& /*prev*/, Values<T, kStates>& next,
+                                 Values<T, kSaved>& /*saved*/) {
+    next[0] = Activation::value(gx[0] + gh[0]);
+  }
+
+  // d_next: gradient of every state after the step, summed over its uses. d_prev leaves out the way through
+  // W_hh, which is a matrix product: the kernels add it.
+  FASTRNN_HD static void backward(const Values<T, kSaved>& /*saved*/, const Values<T, kStates>& /*prev*/,
+                                  const Values<T, kStates>& next, const Values<T, kStates>& d_next,
+                                  Values<T, kStates>& d_prev, Values<T, kGates>& d_gx, Values<T, kGates>& d_gh) {
+    d_gx[0] = d_next[0] * Activation::grad(next[0]);
+    d_gh[0] = d_gx[0];
+    d_prev[0] = T{};
+  }
+};
+
+template <typename T>
+using RnnTanhCell = RnnCell<T, Tanh>;
+template <typename T>
+using RnnReluCell = RnnCell<T, Relu>;
+
+}  // namespace fastrnn

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// THE SEAM between ops.cpp, which knows torch, and the kernels, which do not: parameters and launchers.
+//
+// Sizes: T time, B batch, I input, H hidden, P projection (the width of h; P == H without one), G gates of the cell,
+// N rows of the sequence: T*B, or sum(batch_sizes) when packed. Strides count elements. scalar_t is the storage type,
+// acc_t the type that gates and states are computed in: double for double, float for float, half and bfloat16.
+// Tensors are row-major and contiguous unless a stride is named. Outputs alias nothing unless said.
+#pragma once
+
+#include <cstdint>
+
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+
+// The list of cells: FASTRNN_FOR_EACH_CELL(X) expands X(op name, cell template). A test walks it.
+#define FASTRNN_FOR_EACH_CELL(X) \
+  X(rnn_tanh, RnnTanhCell)       \
+  X(rnn_relu, RnnReluCell)       \
+  X(lstm, LstmCell)              \
+  X(gru, GruCell)
+
+namespace fastrnn {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA, path "gates": one step of one layer; the recurrent product has been made by the caller.
+
+// The step's rows are the first B rows of each pointer.
+template <typename scalar_t, typename acc_t>
+struct GatesForward {
+  int64_t B, H;
+  // inputs
+  const scalar_t* x_gates;  // [B, G*H]  W_ih x + b_ih
+  const scalar_t* h_gates;  // [B, G*H]  W_hh h_prev, without bias
+  const scalar_t* b_hh;     // [G*H] or null
+  const scalar_t* h_prev;   // [B, H]
+  // state, updated in place
+  acc_t* c;  // [B, H]; null for cells without c
+  // outputs
+  scalar_t* h_next;       // [B, H]
+  scalar_t* saved_gates;  // [B, kSaved*H]; null in inference
+  acc_t* saved_c;         // [B, H]  c after the step; null in inference and for cells without c
+};
+
+template <typename scalar_t, typename acc_t>
+struct GatesBackward {
+  int64_t B, H;
+  // inputs
+  const scalar_t* saved_gates;  // [B, kSaved*H]
+  const scalar_t* h_prev;       // [B, H]
+  const scalar_t* h_next;       // [B, H]
+  const acc_t* c_prev;          // [B, H]; null for cells without c
+  const acc_t* c_next;          // [B, H]; null for cells without c
+  const scalar_t* d_output;     // [B, H]  gradient of this step's output, or null: zero
+  const scalar_t* d_h_product;  // [B, H]  d_h_gates of the following step times W_hh, or null: zero
+  // carried from step to step, updated in place
+  acc_t* d_h;  // [B, H]  in: gradient of h_next beside d_output and d_h_product; out: d_prev of h
+  acc_t* d_c;  // [B, H]  in: gradient of c_next; out: gradient of c_prev; null for cells without c
+  // outputs
+  scalar_t* d_x_gates;  // [B, G*H]
+  scalar_t* d_h_gates;  // [B, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
+};
+
+#ifdef FASTRNN_WITH_CUDA
+// Stream is a cudaStream_t and the result a cudaError_t; spelled so that this header needs no CUDA header.
+using CudaStream = void*;
+using CudaStatus = int;
+template <template <typename> class Cell, typename scalar_t, typename acc_t>
+CudaStatus launch_gates_forward(const GatesForward<scalar_t, acc_t>&, CudaStream);
+template <template <typename> class Cell, typename scalar_t, typename acc_t>
+CudaStatus launch_gates_backward(const GatesBackward<scalar_t, acc_t>&, CudaStream);
+const char* cuda_status_string(CudaStatus);
+#endif
+
+}  // namespace fastrnn
