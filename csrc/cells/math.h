@@ -49,7 +49,8 @@ FASTRNN_HD To bit_cast(const From& from) {
   return to;
 }
 
-// exp(x) = 2^n (1 + m) with |x - n ln 2| <= ln 2 / 2, for |x| <= 104. Valid for float and vectors of float.
+// exp(x) = 2^n (1 + m) with |x - n ln 2| <= ln 2 / 2, for float and vectors of float. Valid for -88 <= x <= 89; from
+// 88.4 on 2^n is infinity, below -88.4 its bits would be those of a negative number.
 // Keeping m = expm1(x - n ln 2) apart from the 1 is what gives tanh its relative accuracy near 0.
 template <typename T>
 struct ExpParts {
@@ -86,9 +87,9 @@ FASTRNN_HD T broadcast(typename ValueTraits<T>::Scalar value) {
 
 // NaN stays NaN: both comparisons are false for it.
 template <typename T>
-FASTRNN_HD T clamp(T x, float bound) {
-  x = x > bound ? broadcast<T>(bound) : x;
-  x = x < -bound ? broadcast<T>(-bound) : x;
+FASTRNN_HD T clamp(T x, float low, float high) {
+  x = x > high ? broadcast<T>(high) : x;
+  x = x < low ? broadcast<T>(low) : x;
   return x;
 }
 
@@ -106,25 +107,26 @@ FASTRNN_HD T map_lanes(T x, Function function) {
 template <typename T>
 inline constexpr bool kIsDouble = std::is_same_v<typename ValueTraits<T>::Scalar, double>;
 
-// 1 / (1 + exp(-x)). Float: max error 2 ulp where the result is normal; 0 below x = -88.8, 1 above 17.4.
-// Measured by tests/native/cells_test.cpp.
+// 1 / (1 + exp(-x)). Float: max error 2.49 ulp where the result is normal, 8.9e-8 absolute; 0 below x = -88.8,
+// 1 above 17.4. Measured by tests/native/cells_test.cpp.
 template <typename T>
 FASTRNN_HD T sigmoid(T x) {
   if constexpr (kIsDouble<T>) {
     return 1.0f / (1.0f + map_lanes(-x, [](double v) { return ::exp(v); }));
   } else {
-    const ExpParts<T> e = exp_parts(clamp(-x, 89.0f));  // at 89, 2^n overflows to infinity and the quotient is 0
+    const ExpParts<T> e = exp_parts(clamp(-x, -87.0f, 89.0f));  // at 89, 2^n is infinity and the quotient 0
     return 1.0f / (e.scale * (1.0f + e.m) + 1.0f);
   }
 }
 
-// tanh(x) = expm1(2x) / (expm1(2x) + 2). Float: max error 2.5 ulp everywhere, near 0 too. Measured likewise.
+// tanh(x) = expm1(2x) / (expm1(2x) + 2). Float: max error 2.5 ulp everywhere, near 0 too; 1.5e-7 absolute. Measured
+// likewise.
 template <typename T>
 FASTRNN_HD T tanh(T x) {
   if constexpr (kIsDouble<T>) {
     return map_lanes(x, [](double v) { return ::tanh(v); });
   } else {
-    const ExpParts<T> e = exp_parts(clamp(x + x, 20.0f));
+    const ExpParts<T> e = exp_parts(clamp(x + x, -20.0f, 20.0f));
     const T expm1 = e.scale * e.m + (e.scale - 1.0f);
     return expm1 / (expm1 + 2.0f);
   }
