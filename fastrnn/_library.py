@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Loads the compiled parts, or says what to do when one does not load."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+def path() -> Path:
+    """The ops library: what the environment variable FASTRNN_LIBRARY names, else the file beside this one."""
+    beside = Path(__file__).with_name("_ops.dylib" if sys.platform == "darwin" else "_ops.so")
+    return Path(os.environ.get("FASTRNN_LIBRARY") or beside)
+
+
+def load() -> None:
+    """Registers the ops in `torch.ops.fastrnn`.
+
+    Raises:
+        ImportError: if a compiled part is missing, or was built for another platform, Python or torch.
+    """
+    try:
+        from fastrnn import _C
+    except ImportError as error:
+        python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+        raise _failure(f"the compiled module fastrnn._C is missing or was not built for {python}") from error
+    if torch.__version__ < tuple(map(int, _C.torch_target.split("."))):
+        raise _failure(f"torch {_C.torch_target} or later is needed, found {torch.__version__}", "upgrade torch")
+    if not path().exists():
+        raise _failure(f"the compiled library {path()} is missing")
+    try:
+        torch.ops.load_library(path())
+    except OSError as error:
+        raise _failure(f"the compiled library {path()} does not load here ({error.__cause__ or error})") from error
+
+
+def _failure(
+    fact: str, remedy: str = "build it with `pip install --no-build-isolation .` in the source tree"
+) -> ImportError:
+    # The name lets `python -m fastrnn` end with the message alone, without a traceback.
+    return ImportError(f"fastrnn: {fact}; {remedy}", name="fastrnn")
