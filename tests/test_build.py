@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The compiled parts: what they export and need, what they tell, and what is said when one does not load."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn import _C
+
+PACKAGE = Path(fastrnn.__file__).parent
+LIBRARY = PACKAGE / ("_ops.dylib" if sys.platform == "darwin" else "_ops.so")
+Completed = subprocess.CompletedProcess[str]
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file with binutils")
+
+
+def run_python(*arguments: str, packages: Path = PACKAGE.parent, **environment: str) -> Completed:
+    """Runs Python with the fastrnn that lies in `packages`; only `environment` sets FASTRNN_ variables."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTRNN_")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=packages,
+        env={**inherited, "PYTHONPATH": str(packages), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def binutils(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@linux_only
+def test_library_needs_only_torchs_stable_abi() -> None:
+    needed = [line.split(maxsplit=1)[1] for line in binutils("nm", "-DC", "--undefined-only", LIBRARY).splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in needed)
+    unstable = re.compile(r"\b(at|c10|caffe2|torch)::|^_?Py")
+    assert [name for name in needed if unstable.search(name)] == []
+
+
+@linux_only
+def test_library_loads_without_cuda_and_without_python() -> None:
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\.so", binutils("readelf", "-dW", LIBRARY)))
+    system = {"libc", "libm", "libstdc++", "libgcc_s", "libdl", "librt", "libpthread"}
+    assert {name for name in needed if not name.startswith("ld-linux")} - system == {"libtorch", "libtorch_cpu"}
+
+
+def test_facts_agree_with_the_package() -> None:
+    assert _C.version == fastrnn.__version__
+    assert _C.build_type in ("release", "debug")
+    assert (_C.cuda_version is None) == (_C.cuda_archs is None)
+
+
+def test_isa_can_be_lowered_and_not_raised() -> None:
+    order = ["portable", "avx2", "avx512"]
+    chosen = {
+        wanted: run_python("-c", "from fastrnn import _C; print(_C.isa())", FASTRNN_ISA=wanted).stdout.strip()
+        for wanted in ["", *order]
+    }
+    best = chosen.pop("")
+    assert chosen == {wanted: min(wanted, best, key=order.index) for wanted in order}
+
+
+def test_main_prints_the_facts() -> None:
+    result = run_python("-m", "fastrnn")
+    assert result.returncode == 0, result.stderr
+    for fact in (fastrnn.__version__, torch.__version__, _C.isa(), str(LIBRARY)):
+        assert fact in result.stdout
+
+
+@pytest.mark.parametrize("damage", ["missing", "foreign"])
+@pytest.mark.parametrize("part", ["_ops.*", "_C.*.so"])
+def test_a_part_that_does_not_load_says_what_to_do(part: str, damage: str, tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "fastrnn")
+    (file,) = (tmp_path / "fastrnn").glob(part)
+    file.unlink()
+    if damage == "foreign":
+        file.write_bytes(b"\x7fELF of another machine")
+    for arguments, start in ((("-c", "import fastrnn"), "ImportError: fastrnn: "), (("-m", "fastrnn"), sys.executable)):
+        result = run_python(*arguments, packages=tmp_path)
+        assert result.returncode == 1
+        last_line = result.stderr.splitlines()[-1]
+        assert last_line.startswith(start)
+        assert "`pip install --no-build-isolation .`" in last_line
+
+
+def test_an_old_torch_says_what_to_do() -> None:
+    result = run_python("-c", "import torch; torch.__version__ = type(torch.__version__)('2.9.1'); import fastrnn")
+    message = "ImportError: fastrnn: torch 2.10 or later is needed, found 2.9.1; upgrade torch"
+    assert result.stderr.splitlines()[-1] == message
+
+
+def test_another_library_can_be_named(tmp_path: Path) -> None:
+    named = tmp_path / "named.so"
+    result = run_python("-c", "import fastrnn", FASTRNN_LIBRARY=str(named))
+    assert f"the compiled library {named} is missing" in result.stderr
+    shutil.copy(LIBRARY, named)
+    result = run_python("-m", "fastrnn", FASTRNN_LIBRARY=str(named))
+    assert str(named) in result.stdout, result.stderr
