@@ -23,6 +23,82 @@
 namespace fastrnn {
 
 // ---------------------------------------------------------------------------------------------------------------------
+// CPU: one launch runs one layer in one direction over the whole sequence. scalar_t is float or double.
+
+// Where step t lives. Dense: count(t) == B for every t. Packed: rows of longer sequences first, counts non-increasing.
+struct Steps {
+  int64_t T;
+  const int64_t* row_begin;  // [T + 1] first row of each step; row_begin[T] == N
+  bool reverse;              // run from t = T-1 down to 0
+
+  int64_t time(int64_t s) const { return reverse ? T - 1 - s : s; }  // the s-th step to be run
+  int64_t count(int64_t s) const {                                   // its rows; 0 before the first and after the last
+    if (s < 0 || s >= T) return 0;
+    const int64_t t = time(s);
+    return row_begin[t + 1] - row_begin[t];
+  }
+};
+
+// How to run body(begin, end) over disjoint ranges that cover 0..count, on the framework's threads.
+struct ThreadPool {
+  using Body = void (*)(int64_t begin, int64_t end, void* context);
+  void (*run)(int64_t count, Body body, void* context);
+  int threads;
+};
+
+template <typename scalar_t>
+struct SequenceForward {
+  int64_t B, I, H, P;
+  Steps steps;
+  // inputs
+  const scalar_t* input;   // [N, I], or x_gates [N, G*H] when w_ih is null
+  int64_t input_stride;    // between the rows of a step
+  int64_t input_stride_t;  // between steps; 0 when packed: rows follow each other
+  const scalar_t* w_ih;    // [G*H, I] or null
+  const scalar_t* w_hh;    // [G*H, P]
+  const scalar_t* b_ih;    // [G*H] or null
+  const scalar_t* b_hh;    // [G*H] or null
+  const scalar_t* w_hr;    // [P, H] or null: no projection, P == H
+  const scalar_t* h0;      // [B, P]
+  const scalar_t* c0;      // [B, H]; null for cells without c
+  // outputs
+  scalar_t* output;       // [N, P]
+  scalar_t* h_n;          // [B, P]
+  scalar_t* c_n;          // [B, H]; null for cells without c. Holds the running state
+  scalar_t* saved_gates;  // [N, kSaved*H]; null in inference
+  scalar_t* saved_c;      // [N, H]  c after each step; null in inference and for cells without c
+  scalar_t* saved_m;      // [N, H]  h before the projection; null in inference and without a projection
+};
+
+template <typename scalar_t>
+struct SequenceBackward {
+  int64_t B, H, P;
+  Steps steps;
+  // inputs
+  const scalar_t* w_hh;         // [G*H, P]
+  const scalar_t* w_hr;         // [P, H] or null
+  const scalar_t* h0;           // [B, P]
+  const scalar_t* c0;           // [B, H]; null for cells without c
+  const scalar_t* output;       // [N, P]
+  const scalar_t* saved_gates;  // [N, kSaved*H]
+  const scalar_t* saved_c;      // [N, H]; null for cells without c
+  const scalar_t* d_output;     // [N, P] or null: zero
+  const scalar_t* d_h_n;        // [B, P] or null: zero
+  const scalar_t* d_c_n;        // [B, H] or null: zero
+  // outputs
+  scalar_t* d_x_gates;    // [N, G*H]
+  scalar_t* d_h_gates;    // [N, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
+  scalar_t* d_projected;  // [N, P]  gradient of h after the projection; null without one
+  scalar_t* d_h0;         // [B, P]  carries the direct part of d_h from step to step
+  scalar_t* d_c0;         // [B, H]  carries d_c; null for cells without c
+};
+
+template <template <typename> class Cell, typename scalar_t>
+void sequence_forward_cpu(const SequenceForward<scalar_t>&, const ThreadPool&);
+template <template <typename> class Cell, typename scalar_t>
+void sequence_backward_cpu(const SequenceBackward<scalar_t>&, const ThreadPool&);
+
+// ---------------------------------------------------------------------------------------------------------------------
 // CUDA, path "gates": one step of one layer; the recurrent product has been made by the caller.
 
 // The step's rows are the first B rows of each pointer.

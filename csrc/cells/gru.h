@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The GRU cell of torch.nn.GRU: the reset gate multiplies after the recurrent product. Gates in torch's row order r, z, n.
+// The GRU cell of torch.nn.GRU: the reset gate multiplies after the recurrent product. Gates in torch's row order r, z,
+// n.
 //
 //   r = sigmoid(gx_r + gh_r)    z = sigmoid(gx_z + gh_z)    n = tanh(gx_n + r gh_n)
 //   h' = (1 - z) n + z h

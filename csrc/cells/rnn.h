@@ -4,8 +4,8 @@
 //   h' = activation(W_ih x + b_ih + W_hh h + b_hh)
 //
 // A cell takes values and gives values: no pointer, no storage type, no loop over units. It sees the input gates
-// gx = W_ih x + b_ih and the hidden gates gh = W_hh h + b_hh apart. A cell that needs a matrix product between its gates
-// (the GRU that resets before the product) does not fit this interface.
+// gx = W_ih x + b_ih and the hidden gates gh = W_hh h + b_hh apart. A cell that needs a matrix product between its
+// gates (the GRU that resets before the product) does not fit this interface.
 #pragma once
 
 #include "math.h"
@@ -37,9 +37,9 @@ struct Relu {
 template <typename T, class Activation>
 struct RnnCell {
   static constexpr int kGates = 1;
-  static constexpr int kStates = 1;                 // h
-  static constexpr int kSaved = 0;                  // backward needs h' alone
-  static constexpr bool kGateGradsDiffer = false;   // d_gx == d_gh
+  static constexpr int kStates = 1;                // h
+  static constexpr int kSaved = 0;                 // backward needs h' alone
+  static constexpr bool kGateGradsDiffer = false;  // d_gx == d_gh
 
   FASTRNN_HD static void forward(const Values<T, kGates>& gx, const Values<T, kGates>& gh,
                                  const Values<T, kStates>& /*prev*/, Values<T, kStates>& next,

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU kernels for x86-64 processors with AVX-512 (F, BW, DQ, VL).
+#if defined(__x86_64__)
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "../kernels.h"
+#include "../plan.h"
+#include "team.h"
+
+#define FASTRNN_ISA avx512
+#define FASTRNN_VECTOR_BYTES 64
+#define FASTRNN_REGISTERS 32
+
+// Only what follows may use the instructions: a standard header compiled with them could end up in the portable build.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+#include "tile.h"
+// tile.h comes first
+#include "backward.h"
+#include "forward.h"
+#include "launch.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // defined(__x86_64__)

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The backward pass of one layer in one direction. Compiled once for each instruction set, after tile.h.
+//
+// What is fused: d_h = d_output + carried d_h + d_h_gates W_hh of the following step, and the gate gradients from it.
+// The gradients of the weights and of the input are products over all steps at once, which the caller makes.
+
+namespace fastrnn::FASTRNN_ISA {
+
+template <template <typename> class CellOf, typename T>
+class Backward {
+ public:
+  using V = Vec<T>;
+  using Cell = CellOf<V>;
+  using Panel = PanelShape<T, 1>;
+
+  Backward(const SequenceBackward<T>& p, const ThreadPool& pool)
+      : p_(p),
+        pool_(pool),
+        plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads})),
+        panels_(Panel::panels(p.H)) {}
+
+  void run() {
+    pack();
+    if (plan_.split == Split::units) {
+      Team team(plan_.threads);
+      in_parallel(pool_, plan_.threads, [&](int64_t begin, int64_t end) {
+        const Team::Range mine = team.join({begin, end});
+        if (mine.begin == mine.end) return;
+        const int64_t n = plan_.threads;
+        run_part({0, p_.B, panels_ * mine.begin / n, panels_ * mine.end / n},
+                 [&](int64_t step) { team.barrier(mine.end - mine.begin, step); });
+      });
+    } else {
+      const std::vector<int64_t> rows = split_rows(p_.steps, p_.B, plan_.threads);
+      in_parallel(plan_.threads > 1 ? pool_ : kOneThread, plan_.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) run_part({rows[i], rows[i + 1], 0, panels_}, [](int64_t) {});
+      });
+    }
+  }
+
+ private:
+  static constexpr int kRows = kTileRows<Panel::kVectors>;
+  using Tile = T[kRows * Panel::kColumns];
+
+  // What one thread does: rows of the batch and panels of the hidden units.
+  struct Part {
+    int64_t row_begin, row_end, panel_begin, panel_end;
+  };
+
+  void pack() {
+    const int64_t G_H = Cell::kGates * p_.H;
+    const int64_t panels = Panel::panels(p_.P);
+    packed_hh_ = Buffer<T>(panels * G_H * Panel::kColumns);
+    in_parallel(plan_.threads > 1 ? pool_ : kOneThread, panels,
+                [&](int64_t begin, int64_t end) { pack_columns(p_.w_hh, p_.P, G_H, begin, end, packed_hh_.get()); });
+    if (p_.w_hr) {
+      packed_hr_ = Buffer<T>(panels_ * p_.P * Panel::kColumns);
+      pack_columns(p_.w_hr, p_.H, p_.P, 0, panels_, packed_hr_.get());
+    }
+  }
+
+  template <typename Barrier>
+  void run_part(const Part& part, const Barrier& barrier) const {
+    // A row takes up the gradients of its final states at its last step: they are what is carried into it.
+    set_columns(p_.d_h0, p_.d_h_n, p_.P, part, p_.w_hr ? Panel::panels(p_.P) : part.panel_end);
+    if constexpr (Cell::kStates == 2) set_columns(p_.d_c0, p_.d_c_n, p_.H, part, part.panel_end);
+
+    for (int64_t s = p_.steps.T - 1; s >= 0; --s) {
+      const int64_t end = std::clamp(p_.steps.count(s), part.row_begin, part.row_end);
+      const int64_t going_on = std::clamp(p_.steps.count(s + 1), part.row_begin, end);  // rows with a following step
+      const int64_t started = std::clamp(p_.steps.count(s - 1), part.row_begin, end);   // rows with a step before
+      const int64_t first_row = p_.steps.row_begin[p_.steps.time(s)];
+      if (p_.w_hr) {
+        for (int64_t panel = 0; panel < Panel::panels(p_.P); ++panel) project(panel, s, part.row_begin, going_on, end);
+      }
+      for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
+        const auto tiles = [&](int64_t row_begin, int64_t row_end, bool following) {
+          for_each_tile(row_begin, row_end, kRows, [&](int64_t b, int count) {
+            alignas(64) Tile d_h;
+            if (p_.w_hr) {
+              rows_times(packed_hr_, panel, p_.d_projected, first_row + b, p_.P, count, d_h);
+            } else {
+              output_gradient(panel, s, b, count, following, d_h);
+            }
+            for (int r = 0; r < count; ++r) update(panel, s, b + r, d_h + r * Panel::kColumns);
+          });
+        };
+        tiles(part.row_begin, going_on, true);
+        tiles(going_on, end, false);
+      }
+      barrier(p_.steps.T - s);
+      // Rows that start here: their way through W_hh ends in h0.
+      const int64_t h0_panel_end = p_.w_hr ? Panel::panels(p_.P) : part.panel_end;
+      for (int64_t panel = part.panel_begin; panel < h0_panel_end; ++panel) {
+        for_each_tile(started, end, kRows, [&](int64_t b, int count) {
+          alignas(64) Tile d_h;
+          rows_times(packed_hh_, panel, p_.d_h_gates, first_row + b, Cell::kGates * p_.H, count, d_h);
+          add_tile(panel, d_h, count, p_.d_h0 + b * p_.P);
+        });
+      }
+    }
+  }
+
+  // d_h [count, kBlock] = matrix rows [count, K] * panel.
+  static void rows_times(const Buffer<T>& packed, int64_t panel, const T* matrix, int64_t first_row, int64_t K,
+                         int count, T* out) {
+    const T* rows[kMaxTileRows];
+    for (int r = 0; r < count; ++r) rows[r] = matrix + (first_row + r) * K;
+    product<T, Panel::kVectors>(count, K, rows, packed.get() + panel * K * Panel::kColumns, nullptr, out);
+  }
+
+  void add_tile(int64_t panel, const T* tile, int count, T* to) const {  // to: [count, P]
+    const int64_t j0 = panel * Panel::kBlock;
+    for (int r = 0; r < count; ++r) {
+      for (int64_t j = j0; j < std::min<int64_t>(p_.P, j0 + Panel::kBlock); ++j) {
+        to[r * p_.P + j] += tile[r * Panel::kColumns + j - j0];
+      }
+    }
+  }
+
+  // d_h of the rows [b, b + count) at step s: of the output, carried, and through W_hh if a step follows.
+  void output_gradient(int64_t panel, int64_t s, int64_t b, int count, bool following, T* d_h) const {
+    if (following) {
+      const int64_t next = p_.steps.row_begin[p_.steps.time(s + 1)];
+      rows_times(packed_hh_, panel, p_.d_h_gates, next + b, Cell::kGates * p_.H, count, d_h);
+    } else {
+      std::fill(d_h, d_h + count * Panel::kColumns, T(0));
+    }
+    const int64_t row = p_.steps.row_begin[p_.steps.time(s)] + b;
+    for (int r = 0; r < count; ++r) {
+      for (int u = 0; u < Panel::kVectorsPerGate; ++u) {
+        const int64_t j = panel * Panel::kBlock + u * kWidth<T>;
+        if (j >= p_.P) break;
+        const int lanes = static_cast<int>(std::min<int64_t>(kWidth<T>, p_.P - j));
+        T* at = d_h + r * Panel::kColumns + u * kWidth<T>;
+        V sum = load(at) + load(p_.d_h0 + (b + r) * p_.P + j, lanes);
+        if (p_.d_output) sum += load(p_.d_output + (row + r) * p_.P + j, lanes);
+        store(at, sum);
+      }
+    }
+  }
+
+  // With a projection: d_projected = d_h of the projected state. Nothing is carried beside W_hh.
+  void project(int64_t panel, int64_t s, int64_t row_begin, int64_t going_on, int64_t row_end) const {
+    const int64_t first_row = p_.steps.row_begin[p_.steps.time(s)];
+    const int64_t j0 = panel * Panel::kBlock;
+    const int64_t width = std::min<int64_t>(Panel::kBlock, p_.P - j0);
+    const auto tiles = [&](int64_t begin, int64_t end, bool following) {
+      for_each_tile(begin, end, kRows, [&](int64_t b, int count) {
+        alignas(64) Tile d_h;
+        output_gradient(panel, s, b, count, following, d_h);
+        for (int r = 0; r < count; ++r) {
+          const T* from = d_h + r * Panel::kColumns;
+          std::copy(from, from + width, p_.d_projected + (first_row + b + r) * p_.P + j0);
+          std::fill_n(p_.d_h0 + (b + r) * p_.P + j0, width, T(0));
+        }
+      });
+    };
+    tiles(row_begin, going_on, true);
+    tiles(going_on, row_end, false);
+  }
+
+  // The cell, for one row and the units of one panel.
+  void update(int64_t panel, int64_t s, int64_t b, const T* d_h) const {
+    const int64_t row = p_.steps.row_begin[p_.steps.time(s)] + b;
+    const bool first = b >= p_.steps.count(s - 1);  // the row's first step
+    const int64_t row_before = first ? b : p_.steps.row_begin[p_.steps.time(s - 1)] + b;
+    for (int u = 0; u < Panel::kVectorsPerGate; ++u) {
+      const int64_t j = panel * Panel::kBlock + u * kWidth<T>;
+      if (j >= p_.H) break;
+      const int lanes = static_cast<int>(std::min<int64_t>(kWidth<T>, p_.H - j));
+      Values<V, Cell::kSaved> saved;
+      for (int k = 0; k < Cell::kSaved; ++k) {
+        saved[k] = load(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, lanes);
+      }
+      Values<V, Cell::kStates> prev, next, d_next, d_prev;
+      prev[0] = p_.w_hr ? V{} : load((first ? p_.h0 : p_.output) + row_before * p_.P + j, lanes);
+      next[0] = p_.w_hr ? V{} : load(p_.output + row * p_.P + j, lanes);
+      d_next[0] = load(d_h + u * kWidth<T>);
+      if constexpr (Cell::kStates == 2) {
+        prev[1] = load((first ? p_.c0 : p_.saved_c) + row_before * p_.H + j, lanes);
+        next[1] = load(p_.saved_c + row * p_.H + j, lanes);
+        d_next[1] = load(p_.d_c0 + b * p_.H + j, lanes);
+      }
+      Values<V, Cell::kGates> d_gx, d_gh;
+      Cell::backward(saved, prev, next, d_next, d_prev, d_gx, d_gh);
+      for (int g = 0; g < Cell::kGates; ++g) {
+        const int64_t at = (row * Cell::kGates + g) * p_.H + j;
+        store(p_.d_x_gates + at, d_gx[g], lanes);
+        if constexpr (Cell::kGateGradsDiffer) store(p_.d_h_gates + at, d_gh[g], lanes);
+      }
+      if (!p_.w_hr) store(p_.d_h0 + b * p_.P + j, d_prev[0], lanes);
+      if constexpr (Cell::kStates == 2) store(p_.d_c0 + b * p_.H + j, d_prev[1], lanes);
+    }
+  }
+
+  // to [B, width] = from, or zero: the part's rows, and the columns of its panels.
+  static void set_columns(T* to, const T* from, int64_t width, const Part& part, int64_t panel_end) {
+    const int64_t j0 = std::min(width, part.panel_begin * Panel::kBlock);
+    const int64_t j1 = std::min(width, panel_end * Panel::kBlock);
+    for (int64_t b = part.row_begin; b < part.row_end; ++b) {
+      if (from) {
+        std::copy(from + b * width + j0, from + b * width + j1, to + b * width + j0);
+      } else {
+        std::fill(to + b * width + j0, to + b * width + j1, T(0));
+      }
+    }
+  }
+
+  const SequenceBackward<T>& p_;
+  const ThreadPool& pool_;
+  const CpuPlan plan_;
+  const int64_t panels_;
+  Buffer<T> packed_hh_;  // [panels of P, G*H, kBlock]
+  Buffer<T> packed_hr_;  // [panels, P, kBlock]
+};
+
+}  // namespace fastrnn::FASTRNN_ISA

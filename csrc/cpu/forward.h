@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The forward pass of one layer in one direction. Compiled once for each instruction set, after tile.h.
+//
+// What is fused: the recurrent product of a tile, the gates and the state update; a step reads h, the packed W_hh and
+// its input gates, and writes h (and, for training, what backward needs). The input gates are made for a chunk of steps
+// at a time, small enough to stay in the cache of the core until the recurrence reads them.
+
+namespace fastrnn::FASTRNN_ISA {
+
+// Bytes of input gates per chunk and thread: half of a usual L2, the other half is for the weights.
+inline constexpr int64_t kChunkBytes = 512 * 1024;
+
+template <template <typename> class CellOf, typename T>
+class Forward {
+ public:
+  using V = Vec<T>;
+  using Cell = CellOf<V>;
+  using Gates = PanelShape<T, Cell::kGates>;
+  using Projection = PanelShape<T, 1>;
+
+  Forward(const SequenceForward<T>& p, const ThreadPool& pool)
+      : p_(p),
+        pool_(pool),
+        plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads})),
+        panels_(Gates::panels(p.H)) {}
+
+  void run() {
+    pack();
+    if (p_.w_hr) m_ = Buffer<T>(p_.B * p_.H);
+    if (plan_.split == Split::units) {
+      lanes_.emplace_back(*this, 0, p_.B, plan_.threads);
+      Team team(plan_.threads);
+      in_parallel(pool_, plan_.threads, [&](int64_t begin, int64_t end) {
+        const Team::Range mine = team.join({begin, end});
+        if (mine.begin == mine.end) return;
+        const int64_t n = plan_.threads;
+        run_lane(lanes_[0], panels_ * mine.begin / n, panels_ * mine.end / n,
+                 [&](int64_t step) { team.barrier(mine.end - mine.begin, step); });
+      });
+    } else {
+      const std::vector<int64_t> rows = split_rows(p_.steps, p_.B, plan_.threads);
+      for (int i = 0; i < plan_.threads; ++i) lanes_.emplace_back(*this, rows[i], rows[i + 1], 1);
+      in_parallel(pool_, plan_.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) run_lane(lanes_[i], 0, panels_, [](int64_t) {});
+      });
+    }
+  }
+
+ private:
+  // Rows of the batch that run together, and what they share. Its memory is taken before the threads start: in one of
+  // them, running out of it would leave the others waiting.
+  struct Lane {
+    int64_t begin, end;           // rows of the batch
+    int64_t chunk_steps;          // steps whose input gates are made at a time
+    std::vector<const T*> input;  // every input row of the lane, in the order of the run
+    Buffer<T> x_gates;            // [panels, rows of a chunk, G*kBlock]
+
+    Lane(const Forward& f, int64_t row_begin, int64_t row_end, int threads) : begin(row_begin), end(row_end) {
+      const SequenceForward<T>& p = f.p_;
+      for (int64_t s = 0; s < p.steps.T; ++s) {
+        const int64_t t = p.steps.time(s);
+        const T* first = p.input + (p.input_stride_t ? t * p.input_stride_t : p.steps.row_begin[t] * p.input_stride);
+        for (int64_t b = begin; b < std::min(end, p.steps.count(s)); ++b) input.push_back(first + b * p.input_stride);
+      }
+      const int64_t step_bytes = (end - begin) * f.panels_ * Gates::kColumns * static_cast<int64_t>(sizeof(T));
+      chunk_steps = std::clamp<int64_t>(threads * kChunkBytes / std::max<int64_t>(1, step_bytes), 1,
+                                        std::max<int64_t>(1, p.steps.T));
+      if (p.w_ih) x_gates = Buffer<T>(chunk_steps * (end - begin) * f.panels_ * Gates::kColumns);
+    }
+    int64_t count(const Steps& steps, int64_t s) const {  // its rows at the s-th step
+      return std::max<int64_t>(0, std::min(end, steps.count(s)) - begin);
+    }
+  };
+
+  // The part of a lane that one thread does: panels [panel_begin, panel_end).
+  template <typename Barrier>
+  void run_lane(const Lane& lane, int64_t panel_begin, int64_t panel_end, const Barrier& barrier) const {
+    const std::pair<int64_t, int64_t> units(std::min(p_.H, panel_begin * Gates::kBlock),
+                                            std::min(p_.H, panel_end * Gates::kBlock));
+    if constexpr (Cell::kStates == 2) copy_columns(p_.c0, p_.c_n, p_.H, lane.begin, lane.end, units);
+
+    int64_t done = 0;  // rows of the lane before this step
+    Chunk chunk{};
+    for (int64_t s = 0; s < p_.steps.T; ++s) {
+      if (s % lane.chunk_steps == 0) {
+        chunk = {lane.input.data() + done, 0, lane.x_gates.get()};
+        for (int64_t i = s; i < std::min(p_.steps.T, s + lane.chunk_steps); ++i) chunk.rows += lane.count(p_.steps, i);
+        if (p_.w_ih) {
+          for (int64_t panel = panel_begin; panel < panel_end; ++panel) input_gates(panel, chunk);
+        }
+      }
+      const int64_t count = lane.count(p_.steps, s);
+      const int64_t in_chunk = lane.input.data() + done - chunk.input;
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) step(lane, s, panel, in_chunk, chunk);
+      if (p_.w_hr) project(lane.begin, lane.begin + count, p_.steps.row_begin[p_.steps.time(s)]);
+      done += count;
+      barrier(s + 1);
+    }
+    copy_h_n(lane, p_.w_hr ? std::pair<int64_t, int64_t>(0, p_.P) : units);
+  }
+
+  // Row b ends with the last step that it has a part in; a row without a step keeps h0.
+  void copy_h_n(const Lane& lane, std::pair<int64_t, int64_t> units) const {
+    copy_columns(p_.h0, p_.h_n, p_.P, lane.begin, lane.end, units);
+    for (int64_t s = 0; s < p_.steps.T; ++s) {
+      const int64_t ended = std::max(lane.begin, p_.steps.count(s + 1));
+      const T* h = p_.output + p_.steps.row_begin[p_.steps.time(s)] * p_.P;
+      copy_columns(h, p_.h_n, p_.P, ended, lane.begin + lane.count(p_.steps, s), units);
+    }
+  }
+
+  static void copy_columns(const T* from, T* to, int64_t width, int64_t row_begin, int64_t row_end,
+                           std::pair<int64_t, int64_t> columns) {
+    for (int64_t b = row_begin; b < row_end; ++b) {
+      std::copy(from + b * width + columns.first, from + b * width + columns.second, to + b * width + columns.first);
+    }
+  }
+
+  void pack() {
+    packed_hh_ = Buffer<T>(panels_ * p_.P * Gates::kColumns);
+    if (p_.w_ih) packed_ih_ = Buffer<T>(panels_ * p_.I * Gates::kColumns);
+    if (p_.w_hr) packed_hr_ = Buffer<T>(Projection::panels(p_.P) * p_.H * Projection::kColumns);
+    bias_ih_ = pack_bias(p_.w_ih ? p_.b_ih : nullptr);
+    bias_hh_ = pack_bias(p_.b_hh);
+    in_parallel(plan_.threads > 1 ? pool_ : kOneThread, panels_, [&](int64_t begin, int64_t end) {
+      pack_gates<T, Cell::kGates>(p_.w_hh, p_.H, p_.P, begin, end, packed_hh_.get());
+      if (p_.w_ih) pack_gates<T, Cell::kGates>(p_.w_ih, p_.H, p_.I, begin, end, packed_ih_.get());
+    });
+    if (p_.w_hr) pack_gates<T, 1>(p_.w_hr, p_.P, p_.H, 0, Projection::panels(p_.P), packed_hr_.get());
+  }
+
+  Buffer<T> pack_bias(const T* bias) const {
+    if (!bias) return {};
+    Buffer<T> packed(panels_ * Gates::kColumns);
+    pack_gates<T, Cell::kGates>(bias, p_.H, 1, 0, panels_, packed.get());
+    return packed;
+  }
+
+  struct Chunk {
+    const T* const* input;  // [rows]
+    int64_t rows;
+    T* x_gates;  // [panels, rows, G*kBlock]
+  };
+
+  void input_gates(int64_t panel, const Chunk& chunk) const {
+    const T* weights = packed_ih_.get() + panel * p_.I * Gates::kColumns;
+    const T* bias = bias_ih_.get() ? bias_ih_.get() + panel * Gates::kColumns : nullptr;
+    T* out = chunk.x_gates + panel * chunk.rows * Gates::kColumns;
+    for_each_tile(0, chunk.rows, kTileRows<Gates::kVectors>, [&](int64_t first, int count) {
+      product<T, Gates::kVectors>(count, p_.I, chunk.input + first, weights, bias, out + first * Gates::kColumns);
+    });
+  }
+
+  // Rows of step s whose state is the output of the step before, then rows that start here, from h0.
+  void step(const Lane& lane, int64_t s, int64_t panel, int64_t in_chunk, const Chunk& chunk) const {
+    const int64_t end = lane.begin + lane.count(p_.steps, s);
+    const int64_t started = std::clamp(p_.steps.count(s - 1), lane.begin, end);
+    const T* before = s > 0 ? p_.output + p_.steps.row_begin[p_.steps.time(s - 1)] * p_.P : nullptr;
+    const int64_t first_row = p_.steps.row_begin[p_.steps.time(s)];
+    constexpr int kRows = kTileRows<Gates::kVectors>;
+    const auto tile = [&](const T* h_prev, int64_t b, int count) {
+      const int64_t chunk_row = in_chunk + b - lane.begin;
+      alignas(64) T h_gates[kRows * Gates::kColumns];
+      const T* h_rows[kMaxTileRows];
+      for (int r = 0; r < count; ++r) h_rows[r] = h_prev + (b + r) * p_.P;
+      product<T, Gates::kVectors>(count, p_.P, h_rows, packed_hh_.get() + panel * p_.P * Gates::kColumns,
+                                  bias_hh_.get() ? bias_hh_.get() + panel * Gates::kColumns : nullptr, h_gates);
+      for (int r = 0; r < count; ++r) {
+        const T* x_gates = p_.w_ih ? chunk.x_gates + (panel * chunk.rows + chunk_row + r) * Gates::kColumns
+                                   : chunk.input[chunk_row + r] + panel * Gates::kBlock;
+        update(panel, b + r, first_row + b + r, x_gates, h_gates + r * Gates::kColumns, h_rows[r]);
+      }
+    };
+    for_each_tile(lane.begin, started, kRows, [&](int64_t b, int count) { tile(before, b, count); });
+    for_each_tile(started, end, kRows, [&](int64_t b, int count) { tile(p_.h0, b, count); });
+  }
+
+  // The cell, for one row and the units of one panel. `row` is b's row at this step.
+  void update(int64_t panel, int64_t b, int64_t row, const T* x_gates, const T* h_gates, const T* h_prev) const {
+    const int64_t x_stride = p_.w_ih ? Gates::kBlock : p_.H;  // between gates
+    T* h_next = p_.w_hr ? m_.get() + b * p_.H : p_.output + row * p_.P;
+    for (int u = 0; u < Gates::kVectorsPerGate; ++u) {
+      const int64_t at = u * kWidth<T>;
+      const int64_t j = panel * Gates::kBlock + at;
+      if (j >= p_.H) break;
+      const int lanes = static_cast<int>(std::min<int64_t>(kWidth<T>, p_.H - j));
+      Values<V, Cell::kGates> gx, gh;
+      for (int g = 0; g < Cell::kGates; ++g) {
+        gx[g] = load(x_gates + g * x_stride + at, lanes);
+        gh[g] = load(h_gates + g * Gates::kBlock + at);
+      }
+      Values<V, Cell::kStates> prev, next;
+      Values<V, Cell::kSaved> saved;
+      // With a projection h has another width than the cell; only the LSTM has one, and it reads h through W_hh alone.
+      prev[0] = p_.w_hr ? V{} : load(h_prev + j, lanes);
+      if constexpr (Cell::kStates == 2) prev[1] = load(p_.c_n + b * p_.H + j, lanes);
+      Cell::forward(gx, gh, prev, next, saved);
+      store(h_next + j, next[0], lanes);
+      if (p_.saved_gates) {
+        for (int k = 0; k < Cell::kSaved; ++k) {
+          store(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, saved[k], lanes);
+        }
+      }
+      if constexpr (Cell::kStates == 2) {
+        store(p_.c_n + b * p_.H + j, next[1], lanes);
+        if (p_.saved_c) store(p_.saved_c + row * p_.H + j, next[1], lanes);
+        if (p_.saved_m) store(p_.saved_m + row * p_.H + j, next[0], lanes);
+      }
+    }
+  }
+
+  void project(int64_t begin, int64_t end, int64_t first_row) const {
+    constexpr int kRows = kTileRows<Projection::kVectors>;
+    for (int64_t panel = 0; panel < Projection::panels(p_.P); ++panel) {
+      const int64_t j0 = panel * Projection::kBlock;
+      for_each_tile(begin, end, kRows, [&](int64_t b0, int count) {
+        const T* rows[kMaxTileRows];
+        for (int r = 0; r < count; ++r) rows[r] = m_.get() + (b0 + r) * p_.H;
+        alignas(64) T h[kRows * Projection::kColumns];
+        product<T, Projection::kVectors>(count, p_.H, rows, packed_hr_.get() + panel * p_.H * Projection::kColumns,
+                                         nullptr, h);
+        for (int r = 0; r < count; ++r) {
+          const T* from = h + r * Projection::kColumns;
+          std::copy(from, from + std::min<int64_t>(Projection::kBlock, p_.P - j0),
+                    p_.output + (first_row + b0 + r) * p_.P + j0);
+        }
+      });
+    }
+  }
+
+  const SequenceForward<T>& p_;
+  const ThreadPool& pool_;
+  const CpuPlan plan_;
+  const int64_t panels_;
+  Buffer<T> packed_ih_;  // [panels, I, G*kBlock]
+  Buffer<T> packed_hh_;  // [panels, P, G*kBlock]
+  Buffer<T> packed_hr_;  // [panels of P, H, kBlock]
+  Buffer<T> bias_ih_;    // [panels, G*kBlock]
+  Buffer<T> bias_hh_;    // [panels, G*kBlock]
+  Buffer<T> m_;          // [B, H]  h before the projection
+  std::vector<Lane> lanes_;
+};
+
+}  // namespace fastrnn::FASTRNN_ISA

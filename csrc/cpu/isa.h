@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The instruction set that the CPU kernels run with, chosen when the process first asks.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace fastrnn {
+
+enum class Isa { portable, avx2, avx512 };
+
+inline const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+// The best set that processor and operating system support; FASTRNN_ISA=portable|avx2|avx512 lowers it (never raises).
+inline Isa best_isa() {
+  static const Isa isa = [] {
+    Isa best = Isa::portable;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl")) {
+      best = Isa::avx512;
+    }
+#endif
+    if (const char* wanted = std::getenv("FASTRNN_ISA")) {
+      for (Isa lower : {Isa::portable, Isa::avx2}) {
+        if (lower < best && std::strcmp(wanted, isa_name(lower)) == 0) return lower;
+      }
+    }
+    return best;
+  }();
+  return isa;
+}
+
+}  // namespace fastrnn

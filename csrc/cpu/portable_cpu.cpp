@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU kernels for any processor: 16-byte vectors, which every compiler lowers to what the target has.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "../kernels.h"
+#include "../plan.h"
+#include "team.h"
+
+#define FASTRNN_ISA portable
+#define FASTRNN_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define FASTRNN_REGISTERS 32
+#else
+#define FASTRNN_REGISTERS 16
+#endif
+
+#include "tile.h"
+// tile.h comes first
+#include "backward.h"
+#include "forward.h"
+#include "launch.h"

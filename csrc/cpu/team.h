@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the threads of one launch share: aligned scratch memory, and a barrier for those that split the hidden units.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../kernels.h"
+
+namespace fastrnn {
+
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) {
+    constexpr size_t kAlign = 64;  // a cache line, and the widest vector
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    data_.reset(static_cast<T*>(std::aligned_alloc(kAlign, bytes > 0 ? bytes : kAlign)));
+    if (!data_) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+inline constexpr ThreadPool kOneThread = {
+    [](int64_t count, ThreadPool::Body body, void* context) { body(0, count, context); }, 1};
+
+template <typename F>
+void in_parallel(const ThreadPool& pool, int64_t count, const F& f) {
+  pool.run(
+      count, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// Row ranges of the batch with about the same number of steps to do: boundaries [parts + 1]. Packed rows come longest
+// first, so that equal numbers of rows would leave the last thread without work.
+inline std::vector<int64_t> split_rows(const Steps& steps, int64_t B, int64_t parts) {
+  std::vector<int64_t> length(B, 0);
+  for (int64_t s = 0; s < steps.T; ++s) {
+    if (steps.count(s) > 0) ++length[steps.count(s) - 1];
+  }
+  for (int64_t b = B - 1; b > 0; --b) length[b - 1] += length[b];
+  const int64_t total = steps.row_begin[steps.T];
+  std::vector<int64_t> boundaries(parts + 1, B);
+  int64_t done = 0;
+  for (int64_t b = 0, part = 0; b < B && part < parts; ++b) {
+    if (done * parts >= total * part) boundaries[part++] = b;
+    done += length[b];
+  }
+  boundaries[0] = 0;
+  return boundaries;
+}
+
+// `shares` pieces of work, each done by the thread that was handed it. A thread may hold several shares (a framework
+// may run all of them in one thread), so it counts with the weight of its shares.
+class Team {
+ public:
+  explicit Team(int64_t shares) : shares_(shares) {}
+
+  // Waits until every share is in the hands of a running thread. If that does not happen in time (the framework runs
+  // the shares one after another, or its threads are held up), one thread takes all the shares.
+  // Returns the range of shares that this thread is to do: the one it came with, all, or none.
+  struct Range {
+    int64_t begin, end;
+  };
+  Range join(Range mine) {
+    if (gathered_.fetch_add(mine.end - mine.begin) + mine.end - mine.begin == shares_) {
+      int expected = kGathering;
+      state_.compare_exchange_strong(expected, kRunning);
+    }
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(20);
+    for (Spin spin; state_.load(std::memory_order_acquire) == kGathering; spin.wait()) {
+      if (spin.long_wait() && std::chrono::steady_clock::now() > deadline) {
+        int expected = kGathering;
+        if (state_.compare_exchange_strong(expected, kAlone)) return {0, shares_};
+      }
+    }
+    return state_.load(std::memory_order_acquire) == kRunning ? mine : Range{0, 0};
+  }
+
+  // The n-th call of a thread (n = 1, 2, ...) returns when every share has been through its n-th call.
+  void barrier(int64_t weight, int64_t n) {
+    if (weight == shares_) return;
+    passed_.fetch_add(weight, std::memory_order_acq_rel);
+    for (Spin spin; passed_.load(std::memory_order_acquire) < n * shares_; spin.wait()) {
+    }
+  }
+
+ private:
+  // Spins while the others are about to arrive, then gives the core away: they may be waiting for it.
+  class Spin {
+   public:
+    void wait() {
+      if (++spins_ < kSpins) {
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    bool long_wait() const { return spins_ >= kSpins; }
+
+   private:
+    static constexpr int kSpins = 4000;  // some 40 us
+    int spins_ = 0;
+  };
+
+  enum State { kGathering, kRunning, kAlone };
+  const int64_t shares_;
+  alignas(64) std::atomic<int64_t> gathered_{0};
+  std::atomic<int> state_{kGathering};
+  alignas(64) std::atomic<int64_t> passed_{0};
+};
+
+}  // namespace fastrnn

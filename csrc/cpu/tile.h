@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Vectors, packed weights and the one matrix product of the CPU kernels. Compiled once for each instruction set, in a
+// namespace of its own: the including file defines
+//   FASTRNN_ISA           the namespace
+//   FASTRNN_VECTOR_BYTES  the width of a vector register
+//   FASTRNN_REGISTERS     how many there are
+// and includes the standard headers before it switches the instruction set on.
+
+namespace fastrnn::FASTRNN_ISA {
+
+template <typename T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+};
+template <typename T>
+using Vec = typename VecOf<T>::type;
+template <typename T>
+inline constexpr int kWidth = FASTRNN_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+FASTRNN_HD Vec<T> load(const T* from) {
+  Vec<T> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <typename T>
+FASTRNN_HD void store(T* to, Vec<T> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+// The first `lanes` lanes only: at the end of a row of units. The others read as 0.
+template <typename T>
+FASTRNN_HD Vec<T> load(const T* from, int lanes) {
+  if (lanes >= kWidth<T>) return load(from);
+  Vec<T> v{};
+  for (int i = 0; i < lanes; ++i) v[i] = from[i];
+  return v;
+}
+template <typename T>
+FASTRNN_HD void store(T* to, Vec<T> v, int lanes) {
+  if (lanes >= kWidth<T>) return store(to, v);
+  for (int i = 0; i < lanes; ++i) to[i] = v[i];
+}
+
+// A tile is a few rows times one panel: kVectors vectors of columns. Its sums stay in registers; what is left of them
+// holds one row of the panel and a broadcast.
+template <int kVectors>
+inline constexpr int kTileRows = (FASTRNN_REGISTERS - kVectors - 1) / kVectors;
+// Vectors of units in a panel of one gate: enough sums in flight to hide the latency of a multiply-add.
+inline constexpr int kUnitVectors = FASTRNN_REGISTERS >= 32 ? 4 : 2;
+inline constexpr int kMaxTileRows = 16;
+static_assert(kTileRows<kUnitVectors> <= kMaxTileRows && kTileRows<3> <= kMaxTileRows && kTileRows<4> >= 1);
+
+// How a panel maps to the rows of a weight: kGates gates times a block of kBlock units.
+template <typename T, int gates>
+struct PanelShape {
+  static constexpr int kGates = gates;
+  static constexpr int kVectorsPerGate = gates == 1 ? kUnitVectors : 1;
+  static constexpr int kVectors = gates * kVectorsPerGate;
+  static constexpr int kBlock = kVectorsPerGate * kWidth<T>;
+  static constexpr int kColumns = gates * kBlock;
+  static int64_t panels(int64_t units) { return (units + kBlock - 1) / kBlock; }
+};
+
+// Packs the panels [begin, end) of w [G*units, K], so that a product reads them front to back: [panel][K][G][kBlock],
+// with zeros past the last unit.
+template <typename T, int kGates>
+void pack_gates(const T* w, int64_t units, int64_t K, int64_t begin, int64_t end, T* packed) {
+  using Shape = PanelShape<T, kGates>;
+  constexpr int64_t kStrip = 16;  // columns of w per pass: the strip of the panel stays in L1
+  for (int64_t panel = begin; panel < end; ++panel) {
+    T* to = packed + panel * K * Shape::kColumns;
+    const int64_t first = panel * Shape::kBlock;
+    const int64_t here = std::min<int64_t>(Shape::kBlock, units - first);
+    if (here < Shape::kBlock) std::fill(to, to + K * Shape::kColumns, T(0));
+    for (int64_t k0 = 0; k0 < K; k0 += kStrip) {
+      const int64_t k1 = std::min(K, k0 + kStrip);
+      for (int64_t g = 0; g < kGates; ++g) {
+        for (int64_t j = 0; j < here; ++j) {
+          const T* row = w + (g * units + first + j) * K;
+          for (int64_t k = k0; k < k1; ++k) to[(k * kGates + g) * Shape::kBlock + j] = row[k];
+        }
+      }
+    }
+  }
+}
+
+// Packs the panels [begin, end) of w [K, units], for products with w itself: [panel][K][kBlock].
+template <typename T>
+void pack_columns(const T* w, int64_t units, int64_t K, int64_t begin, int64_t end, T* packed) {
+  using Shape = PanelShape<T, 1>;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    T* to = packed + panel * K * Shape::kBlock;
+    const int64_t first = panel * Shape::kBlock;
+    const int64_t here = std::min<int64_t>(Shape::kBlock, units - first);
+    for (int64_t k = 0; k < K; ++k) {
+      const T* row = w + k * units + first;
+      T* to_row = std::copy(row, row + here, to + k * Shape::kBlock);
+      std::fill(to_row, to + (k + 1) * Shape::kBlock, T(0));
+    }
+  }
+}
+
+// out [kRows, kVectors*W] = start + rows [kRows, K] * panel [K, kVectors*W]. start: one row for all, or null for zero.
+template <typename T, int kVectors, int kRows>
+void product_exact(int64_t K, const T* const* rows, const T* panel, const T* start, T* out) {
+  constexpr int kW = kWidth<T>;
+  // Few sums would wait for each other: even and odd k get sums of their own.
+  constexpr int kChains = kRows * kVectors >= 8 ? 1 : 2;
+  Vec<T> sum[kChains][kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      sum[0][r][v] = start ? load(start + v * kW) : Vec<T>{};
+      if constexpr (kChains == 2) sum[1][r][v] = Vec<T>{};
+    }
+  }
+  const T* row[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) row[r] = rows[r];
+
+  int64_t k = 0;
+  for (; k + kChains <= K; k += kChains) {
+#pragma GCC unroll 2
+    for (int c = 0; c < kChains; ++c) {
+      Vec<T> w[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) w[v] = load(panel + ((k + c) * kVectors + v) * kW);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> x = broadcast<Vec<T>>(row[r][k + c]);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) sum[c][r][v] += x * w[v];
+      }
+    }
+  }
+  if constexpr (kChains == 2) {
+    if (k < K) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> x = broadcast<Vec<T>>(row[r][k]);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) sum[0][r][v] += x * load(panel + (k * kVectors + v) * kW);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kChains == 2) sum[0][r][v] += sum[1][r][v];
+      store(out + (r * kVectors + v) * kW, sum[0][r][v]);
+    }
+  }
+}
+
+template <typename T, int kVectors, int kRows = kTileRows<kVectors>>
+void product(int count, int64_t K, const T* const* rows, const T* panel, const T* start, T* out) {
+  if (count == kRows) {
+    product_exact<T, kVectors, kRows>(K, rows, panel, start, out);
+  } else if constexpr (kRows > 1) {
+    product<T, kVectors, kRows - 1>(count, K, rows, panel, start, out);
+  }
+}
+
+// Calls f(first row, rows) over [begin, end) in tiles of at most `most` rows, of sizes as even as can be: 6, 5, 5 is
+// faster than 6, 6, 4.
+template <typename F>
+FASTRNN_HD void for_each_tile(int64_t begin, int64_t end, int most, F f) {
+  const int64_t count = end - begin;
+  const int64_t tiles = (count + most - 1) / most;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = begin + count * i / tiles;
+    f(first, static_cast<int>(begin + count * (i + 1) / tiles - first));
+  }
+}
+
+}  // namespace fastrnn::FASTRNN_ISA
