@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The tensor operations of ops.cpp that torch's stable headers do not wrap. All go through torch's dispatcher, below
+// autograd, on the device of their arguments.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+namespace fastrnn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+template <typename... Args>
+Tensor call(const char* op, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// An uninitialised contiguous tensor on the device of `like`.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  std::vector<int64_t> size(sizes), stride(sizes.size());
+  int64_t count = 1;
+  for (size_t i = size.size(); i-- > 0;) {
+    stride[i] = count;
+    count *= size[i] > 0 ? size[i] : 1;
+  }
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(size.size()), size.data(), stride.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+inline Tensor rows(const Tensor& t, int64_t begin, int64_t count) {
+  auto view = t;
+  return torch::stable::narrow(view, 0, begin, count);
+}
+inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+// [.., K] as [rows, K].
+inline Tensor flat(const Tensor& t, int64_t row_count) {
+  return torch::stable::reshape(t, {row_count, t.size(t.dim() - 1)});
+}
+
+inline Tensor mm(const Tensor& a, const Tensor& b) { return call("aten::mm", "", a, b); }
+inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) { call("aten::mm", "out", a, b, out); }
+inline Tensor linear(const Tensor& x, const Tensor& w, const MaybeTensor& b) {
+  return call("aten::linear", "", x, w, b);
+}
+inline Tensor cat_rows(const Tensor& a, const Tensor& b) {
+  return call("aten::cat", "", std::vector<Tensor>{a, b}, int64_t{0});
+}
+// a + b. The stable interface passes no Scalar through the dispatcher, and of the sums only this one around it.
+inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
+inline void copy_to(const Tensor& to, const Tensor& from) {
+  auto target = to;
+  torch::stable::copy_(target, from);
+}
+inline void set_zero(const Tensor& t) {
+  auto target = t;
+  torch::stable::zero_(target);
+}
+inline Tensor sum_rows(const Tensor& t) {
+  const std::vector<int64_t> dims{0};
+  return torch::stable::sum(t, torch::headeronly::IntHeaderOnlyArrayRef(dims.data(), dims.size()));
+}
+
+}  // namespace fastrnn
