@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fixtures and tiers. The fast tier runs by default; FASTRNN_EXTENDED=1 adds the tests marked `extended`."""
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+EXTENDED = os.environ.get("FASTRNN_EXTENDED") == "1"
+
+hypothesis.settings.register_profile("fast", max_examples=40, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("extended", max_examples=1000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("extended" if EXTENDED else "fast")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "extended: the long tier, run with FASTRNN_EXTENDED=1")
+
+
+def pytest_report_header() -> list[str]:
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none seen: the tests run on the CPU alone"
+    tier = "extended" if EXTENDED else "fast (FASTRNN_EXTENDED=1 for all)"
+    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA device: {cuda}; tier: {tier}"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if EXTENDED:
+        return
+    long = [item for item in items if item.get_closest_marker("extended")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Every test draws the same numbers, whatever ran before; float32 means float32 (cuDNN uses TF32 by default)."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.set_default_dtype(torch.float32)
