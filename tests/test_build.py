@@ -74,20 +74,26 @@ def test_main_prints_the_facts() -> None:
         assert fact in result.stdout
 
 
-@pytest.mark.parametrize("damage", ["missing", "foreign"])
-@pytest.mark.parametrize("part", ["_ops.*", "_C.*.so"])
-def test_a_part_that_does_not_load_says_what_to_do(part: str, damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "part, content",
+    [("_ops.*", None), ("_ops.*", b"\x7fELF of another machine"), ("_C.*.so", b"\x7fELF of another Python")],
+)
+@pytest.mark.parametrize("arguments", [("-c", "import fastrnn"), ("-m", "fastrnn")], ids=["import", "main"])
+def test_a_part_that_does_not_load_says_what_to_do(
+    part: str, content: bytes | None, arguments: tuple[str, str], tmp_path: Path
+) -> None:
     shutil.copytree(PACKAGE, tmp_path / "fastrnn")
     (file,) = (tmp_path / "fastrnn").glob(part)
     file.unlink()
-    if damage == "foreign":
-        file.write_bytes(b"\x7fELF of another machine")
-    for arguments, start in ((("-c", "import fastrnn"), "ImportError: fastrnn: "), (("-m", "fastrnn"), sys.executable)):
-        result = run_python(*arguments, packages=tmp_path)
-        assert result.returncode == 1
-        last_line = result.stderr.splitlines()[-1]
-        assert last_line.startswith(start)
-        assert "`pip install --no-build-isolation .`" in last_line
+    if content is not None:
+        file.write_bytes(content)
+    result = run_python(*arguments, packages=tmp_path)
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
+    assert str(tmp_path) in lines[-1] or part == "_C.*.so"
+    assert "`pip install --no-build-isolation .`" in lines[-1]
+    if arguments[0] == "-m":
+        assert len(lines) == 1
 
 
 def test_an_old_torch_says_what_to_do() -> None:
