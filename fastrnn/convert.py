@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Adoption of fastrnn by models that were written for torch.nn, and the way back.
+
+fastrnn's modules and torch.nn's derive from the same bases and keep the same attributes, so a module is converted by
+giving it another class. It stays the same object: its Parameters, hooks, parametrizations, mode, and all references
+to it (optimizers, DDP, tied weights) stay as they are.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastrnn import modules
+
+_PAIRS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: modules.RNN,
+    nn.GRU: modules.GRU,
+    nn.LSTM: modules.LSTM,
+    nn.RNNCell: modules.RNNCell,
+    nn.GRUCell: modules.GRUCell,
+    nn.LSTMCell: modules.LSTMCell,
+}
+_INVERSE = {ours: theirs for theirs, ours in _PAIRS.items()}
+_MARK = "_fastrnn_converted"  # an attribute of what was converted; it goes along with copies and pickles
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did, by the qualified names of the modules.
+
+    Attributes:
+        converted: Name to class, such as "encoder.rnn": "LSTM".
+        left_alone: Name to the reason why a recurrent module still is what it was.
+    """
+
+    converted: dict[str, str] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """One line per module."""
+        lines = [f"converted {name or '(the model)'}: {kind}" for name, kind in self.converted.items()]
+        lines += [f"left alone {name or '(the model)'}: {reason}" for name, reason in self.left_alone.items()]
+        return "\n".join(lines) or "no recurrent module found"
+
+
+def convert(model: nn.Module) -> Conversion:
+    """Makes every torch.nn RNN, GRU, LSTM and cell in a model, in place, fastrnn's.
+
+    Args:
+        model: Any module, which may itself be recurrent. Modules that are fastrnn's already stay so.
+
+    Returns:
+        What was converted, and what was left alone and why: subclasses of torch.nn's classes, modules with a `forward`
+        of their own, scripted and quantized modules. Print it.
+
+    Raises:
+        TypeError: If `model` is not a module.
+    """
+    result = Conversion()
+    for name, module in _named_modules(model):
+        base = _base(module)
+        reason = _reason_against(module, base)
+        if reason:
+            result.left_alone[name] = reason
+        elif base in _PAIRS:
+            _swap(module, _PAIRS[base])
+            setattr(module, _MARK, True)
+            result.converted[name] = base.__name__
+    return result
+
+
+def revert(model: nn.Module) -> None:
+    """Undoes `convert`, in place: every module that it or `patch` converted is torch.nn's again.
+
+    Raises:
+        TypeError: If `model` is not a module.
+        ValueError: If nothing in it was converted. A module that was built as fastrnn's is not converted.
+    """
+    converted = [module for _, module in _named_modules(model) if _MARK in module.__dict__]
+    if not converted:
+        raise ValueError(f"nothing to revert: no module of this {type(model).__name__} was converted by fastrnn")
+    for module in converted:
+        delattr(module, _MARK)
+        _swap(module, _INVERSE[_base(module)])
+
+
+@contextmanager
+def patch() -> Iterator[None]:
+    """While it is active, torch.nn's RNN, GRU, LSTM and cells become fastrnn's as soon as they are built.
+
+    However a model names them: `torch.nn.LSTM` and a name imported before both do. Subclasses stay as they are. It acts
+    on all threads. As a context manager or a decorator::
+
+        with fastrnn.patch():
+            model = Model()
+    """
+    originals = {theirs: theirs.__init__ for theirs in _PAIRS}
+    for theirs, init in originals.items():
+        theirs.__init__ = _converting(init, theirs)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for theirs, init in originals.items():
+            theirs.__init__ = init  # type: ignore[method-assign]
+
+
+def _converting(init: Callable[..., None], theirs: type[nn.Module]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def init_and_convert(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self) is theirs:
+            convert(self)
+
+    return init_and_convert
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return model.named_modules()
+
+
+def _base(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without what parametrizations derived from it."""
+    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
+def _swap(module: nn.Module, to: type[nn.Module]) -> None:
+    old = type(module)
+    if parametrize.is_parametrized(module):
+        # The class holds the parametrized weights as properties, of this module alone: make it again over the new base.
+        body = {name: value for name, value in vars(old).items() if name not in ("__dict__", "__weakref__")}
+        to = type(f"Parametrized{to.__name__}", (to,), body)
+    module.__class__ = to
+    if isinstance(module, nn.RNNBase):
+        # torch.nn's keep a list of the weights, fastrnn's derive it.
+        module.__dict__.pop("_flat_weights", None)
+        module._init_flat_weights()
+
+
+def _reason_against(module: nn.Module, base: type[nn.Module]) -> str | None:
+    """Why a module that looks recurrent cannot be converted."""
+    if isinstance(module, torch.jit.ScriptModule):
+        name = getattr(module, "original_name", "")
+        return "scripted or traced" if name in {theirs.__name__ for theirs in _PAIRS} else None
+    if base in _PAIRS:
+        if "forward" in module.__dict__:
+            return "its forward was replaced"
+        if any(p.is_complex() for p in module.parameters()):
+            return "complex weights"
+        return None
+    if isinstance(module, tuple(_PAIRS)):
+        parent = next(theirs for theirs in _PAIRS if isinstance(module, theirs))
+        return f"{base.__name__} is a subclass of torch.nn.{parent.__name__}"
+    if base.__module__.startswith("torch.ao.nn.quantiz") and base.__name__ in {t.__name__ for t in _PAIRS}:
+        return "quantized"
+    return None
