@@ -109,7 +109,7 @@ struct GatesForward {
   const scalar_t* x_gates;  // [B, G*H]  W_ih x + b_ih
   const scalar_t* h_gates;  // [B, G*H]  W_hh h_prev, without bias
   const scalar_t* b_hh;     // [G*H] or null
-  const scalar_t* h_prev;   // [B, H]
+  const scalar_t* h_prev;   // [B, H]; null with a projection: the LSTM reads h through the product alone
   // state, updated in place
   acc_t* c;  // [B, H]; null for cells without c
   // outputs
@@ -123,8 +123,8 @@ struct GatesBackward {
   int64_t B, H;
   // inputs
   const scalar_t* saved_gates;  // [B, kSaved*H]
-  const scalar_t* h_prev;       // [B, H]
-  const scalar_t* h_next;       // [B, H]
+  const scalar_t* h_prev;       // [B, H]; null with a projection
+  const scalar_t* h_next;       // [B, H]; null with a projection
   const acc_t* c_prev;          // [B, H]; null for cells without c
   const acc_t* c_next;          // [B, H]; null for cells without c
   const scalar_t* d_output;     // [B, H]  gradient of this step's output, or null: zero
@@ -137,7 +137,7 @@ struct GatesBackward {
   scalar_t* d_h_gates;  // [B, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
 };
 
-#ifdef FASTRNN_WITH_CUDA
+#if defined(FASTRNN_WITH_CUDA) || defined(FASTRNN_EMULATE)
 // Stream is a cudaStream_t and the result a cudaError_t; spelled so that this header needs no CUDA header.
 using CudaStream = void*;
 using CudaStatus = int;

@@ -40,8 +40,8 @@ def rnn_layer(
         h = activation(input[t] @ w_ih.T + b_ih + h @ w_hh.T + b_hh)
 
     Args:
-        input: (T, B, I), or packed (N, I). float16, bfloat16, float32 or float64, CPU or CUDA, any strides. Where `w_ih`
-            is None it holds ``x_gates = W_ih x + b_ih``, of width G*H (G = 1).
+        input: (T, B, I), or packed (N, I). float16, bfloat16, float32 or float64, CPU or CUDA, any strides. Where
+            `w_ih` is None it holds ``x_gates = W_ih x + b_ih``, of width G*H (G = 1).
         w_ih: Input weight (G*H, I), or None. Like every other tensor of the dtype and on the device of `input`.
         w_hh: Recurrent weight (G*H, H).
         b_ih: Input bias (G*H,), or None.
@@ -82,8 +82,8 @@ def gru_layer(
 ) -> tuple[Tensor, Tensor]:
     r"""Runs one GRU layer in one direction over a sequence.
 
-    For t = 0..T-1, with ``xr, xz, xn`` the three H-row blocks of ``input[t] @ w_ih.T + b_ih`` and ``hr, hz, hn`` those of
-    ``h @ w_hh.T + b_hh``::
+    For t = 0..T-1, with ``xr, xz, xn`` the three H-row blocks of ``input[t] @ w_ih.T + b_ih`` and ``hr, hz, hn`` those
+    of ``h @ w_hh.T + b_hh``::
 
         r = sigmoid(xr + hr)
         z = sigmoid(xz + hz)
