@@ -27,10 +27,10 @@ DEBUG = os.environ.get("FASTRNN_DEBUG") == "1"
 ROOT = Path(__file__).parent.resolve()
 
 # Without -ffast-math, so that NaN and inf keep their meaning, and without -march=native: the CPU kernels choose their
-# instructions at run time.
+# instructions at run time. -Wno-psabi: functions of vectors are inlined everywhere, so no call depends on their ABI.
 OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3"]
 CXX_FLAGS = ["-std=c++17", *OPTIMIZE, "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
-CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", f"-I{ROOT}/csrc"]
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", f"-I{ROOT}/csrc"]
 NVCC_FLAGS = ["-std=c++17", *OPTIMIZE, "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{ROOT}/csrc"]
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage", "-DFASTRNN_WITH_CUDA"]
 
