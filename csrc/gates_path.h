@@ -11,8 +11,9 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// CUDA's 16-bit types. Only pointers to them pass through here, so that this file needs no CUDA header.
+struct __half;
+struct __nv_bfloat16;
 
 namespace fastrnn {
 
@@ -40,18 +41,24 @@ inline void check_launch(CudaStatus status) {
   STD_TORCH_CHECK(status == 0, "fastrnn: CUDA error: ", cuda_status_string(status));
 }
 
-// Calls f(storage value, acc value).
+template <typename Storage, typename Acc>
+struct Types {
+  using storage = Storage;
+  using acc = Acc;
+};
+
+// Calls f with the C++ types of a storage type.
 template <typename F>
 void dispatch_storage(ScalarType t, const F& f) {
   switch (t) {
     case ScalarType::Double:
-      return f(double{}, double{});
+      return f(Types<double, double>{});
     case ScalarType::Float:
-      return f(float{}, float{});
+      return f(Types<float, float>{});
     case ScalarType::Half:
-      return f(__half{}, float{});
+      return f(Types<__half, float>{});
     case ScalarType::BFloat16:
-      return f(__nv_bfloat16{}, float{});
+      return f(Types<__nv_bfloat16, float>{});
     default:
       STD_TORCH_CHECK(false, "fastrnn: unsupported dtype ", dtype_name(t));
   }
@@ -64,12 +71,14 @@ struct GatesPath {
 
   // The row'th row of a matrix, or null.
   template <typename T>
-  static const T* at(const MaybeTensor& t, int64_t row) {
-    return t ? in<T>(t) + row * t->size(t->dim() - 1) : nullptr;
+  static T* to(const MaybeTensor& t, int64_t row) {
+    if (!t) return nullptr;
+    char* first = static_cast<char*>(t->mutable_data_ptr());
+    return reinterpret_cast<T*>(first + row * t->size(t->dim() - 1) * static_cast<int64_t>(t->element_size()));
   }
   template <typename T>
-  static T* to(const MaybeTensor& t, int64_t row) {
-    return t ? out<T>(t) + row * t->size(t->dim() - 1) : nullptr;
+  static const T* at(const MaybeTensor& t, int64_t row) {
+    return to<T>(t, row);
   }
 
   static ForwardResult forward(const Layer& l, bool save) {
@@ -116,9 +125,9 @@ struct GatesPath {
     const Tensor output = flat(r.output, l.N);
     const MaybeTensor unprojected = r.saved_m ? r.saved_m : m;
     const int64_t m_row = r.saved_m ? first + begin : begin;
-    dispatch_storage(l.storage, [&](auto zero, auto acc_zero) {
-      using T = decltype(zero);
-      using A = decltype(acc_zero);
+    dispatch_storage(l.storage, [&](auto types) {
+      using T = typename decltype(types)::storage;
+      using A = typename decltype(types)::acc;
       check_launch(
           launch_gates_forward<Cell, T, A>({end - begin, l.H, at<T>(x_gates, first + begin), in<T>(products),
                                             in<T>(l.b_hh), l.w_hr ? nullptr : in<T>(h_prev), to<A>(r.c_n, begin),
@@ -205,9 +214,9 @@ struct GatesPath {
       const int64_t row_before = before ? l.row_begin[l.steps.time(s - 1)] + begin : begin;
       // With a projection the kernel's d_h carry has nothing to carry: it starts from zero at every step.
       const MaybeTensor carry = l.w_hr ? MaybeTensor(zeros(count, l.H)) : MaybeTensor(rows(g.d_h0, begin, count));
-      dispatch_storage(l.storage, [&](auto zero, auto acc_zero) {
-        using T = decltype(zero);
-        using A = decltype(acc_zero);
+      dispatch_storage(l.storage, [&](auto types) {
+        using T = typename decltype(types)::storage;
+        using A = typename decltype(types)::acc;
         check_launch(launch_gates_backward<Cell, T, A>(
             {count, l.H, at<T>(saved.saved_gates, row), l.w_hr ? nullptr : at<T>(before ? output : l.h0, row_before),
              l.w_hr ? nullptr : at<T>(output, row), at<A>(before ? saved.saved_c : c0, row_before),
