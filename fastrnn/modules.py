@@ -9,6 +9,7 @@ L num_layers, D directions, N the sum of the lengths of a packed batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ Device = torch.device | str | int | None
 
 def _as_hx(states: States) -> Any:
     return states[0] if len(states) == 1 else tuple(states)
+
+
+def _read(module: nn.Module, names: Iterable[str]) -> list[Any]:
+    """The current weights of these names, None where there is none."""
+    parameters = module._parameters  # a look here first saves most of the time of Module.__getattr__
+    return [parameters[name] if name in parameters else getattr(module, name, None) for name in names]
 
 
 def _check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> None:
@@ -56,6 +63,8 @@ def _call_autocast(
     CPU autocast of torch.nn returns in the wider dtype what is carried from step to step by elementwise arithmetic, the
     h of a GRU and mostly the c of an LSTM. `promotes` tells for each result whether it is so.
     """
+    if not torch._C._is_any_autocast_enabled():  # RNNBase asks it too; the public way takes four times as long
+        return run(input, weights, states)
     device = input.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return run(input, weights, states)
@@ -92,10 +101,7 @@ class _LayerStack(nn.RNNBase):
     @property
     def _flat_weights(self) -> list[Any]:
         # RNNBase keeps a list, which goes stale when a weight is replaced behind its back. A view cannot.
-        parameters = self._parameters
-        return [
-            parameters[name] if name in parameters else getattr(self, name, None) for name in self._flat_weights_names
-        ]
+        return _read(self, self._flat_weights_names)
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Any]) -> None:
@@ -128,8 +134,8 @@ class _LayerStack(nn.RNNBase):
         return output.squeeze(batch_dim), _as_hx([state.squeeze(1) for state in self._states(hx)])
 
     def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None) -> tuple[Tensor, Any]:
-        if hx is None:
-            self.check_input(input, batch_sizes)
+        if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
+            self.check_input(input, batch_sizes)  # what is packed has a batch size known at run time: the op checks hx
         else:
             self.check_forward_args(input, hx, batch_sizes)
         batch_first = self.batch_first and batch_sizes is None
@@ -138,9 +144,7 @@ class _LayerStack(nn.RNNBase):
         if batch_sizes is None and input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
-        def run(input: Tensor, weights: list[Tensor], states: States | None) -> list[Tensor]:
-            return self._run_layers(input, weights, states, batch_sizes)
-
+        run = partial(self._run_layers, batch_sizes=batch_sizes)
         states = None if hx is None else self._states(hx)
         promotes = self._promotes(batch_sizes is not None)
         output, *states = _call_autocast(run, promotes, input, self._flat_weights, states)
@@ -347,25 +351,29 @@ class _Cell(nn.RNNCellBase):
         if dim == 1:
             input = input.unsqueeze(0)
             states = states if states is None else [state.unsqueeze(0) for state in states]
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = _read(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         states = _call_autocast(self._step, self._promotes, input, weights, states)
         return _as_hx(states if dim == 2 else [state.squeeze(0) for state in states])
 
-    def _step(self, input: Tensor, weights: Sequence[Tensor | None], states: States | None) -> Sequence[Tensor]:
+    def _step(self, input: Tensor, weights: list[Any], states: States | None) -> Sequence[Tensor]:
         batch, input_size = input.shape
-        if input_size != self.weight_ih.size(1):
-            raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {self.weight_ih.size(1)}")
+        if input_size != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {self.input_size}")
+        hidden_size = self.hidden_size
         if states is None:
-            states = [input.new_zeros(batch, self.hidden_size)] * len(self._promotes)
-        for index, state in enumerate(states):
-            if state.size(0) != batch:
-                raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
-            if state.size(1) != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
-                )
-        _check_alike(input, "hidden", states)
-        _check_alike(input, "parameter", (weight for weight in weights if weight is not None))
+            states = [input.new_zeros(batch, hidden_size)] * len(self._promotes)
+        else:
+            for index, state in enumerate(states):
+                if state.size(0) != batch:
+                    raise RuntimeError(
+                        f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}"
+                    )
+                if state.size(1) != hidden_size:
+                    raise RuntimeError(
+                        f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {hidden_size}"
+                    )
+            _check_alike(input, "hidden", states)
+        _check_alike(input, "parameter", weights[:2] + [bias for bias in weights[2:] if bias is not None])
         return self._op(input.unsqueeze(0), *weights, *states)[1:]
 
     def _states(self, hx: Any) -> States:
