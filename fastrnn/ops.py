@@ -142,6 +142,8 @@ def lstm_layer(
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
+    if torch.jit.is_tracing():  # the trace serves with and without grad, and backward recomputes what was not saved
+        return False
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -237,7 +239,8 @@ def _register(name: str, floats: int, states: int, layer: Callable[..., tuple[Te
         ctx.save_for_backward(*arguments, output[0], *output[grads:])
 
     def apply_backward(ctx: Any, *grad_results: Tensor | None) -> Gradients:
-        arguments, (output, *saved) = ctx.saved_tensors[: floats + 1], ctx.saved_tensors[floats + 1 :]
+        tensors = ctx.saved_tensors  # once: checkpointing recomputes at every look
+        arguments, (output, *saved) = tensors[: floats + 1], tensors[floats + 1 :]
         if not ctx.save:
             output, *saved = (r for i, r in enumerate(forward(*arguments, ctx.reverse, True)) if i == 0 or i >= grads)
         needed = ctx.needs_input_grad
