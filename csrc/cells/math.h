@@ -14,6 +14,8 @@
 
 #if defined(__CUDACC__)
 #define FASTRNN_HD __host__ __device__ __forceinline__
+#elif defined(FASTRNN_TARGET)  // clang passes wide vectors only between functions of the same instruction set
+#define FASTRNN_HD inline __attribute__((always_inline, target(FASTRNN_TARGET)))
 #else
 #define FASTRNN_HD inline __attribute__((always_inline))
 #endif

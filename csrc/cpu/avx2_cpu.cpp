@@ -7,13 +7,14 @@
 #include <utility>
 #include <vector>
 
+#define FASTRNN_ISA avx2
+#define FASTRNN_TARGET "avx2,fma"
+#define FASTRNN_VECTOR_BYTES 32
+#define FASTRNN_REGISTERS 16
+
 #include "../kernels.h"
 #include "../plan.h"
 #include "team.h"
-
-#define FASTRNN_ISA avx2
-#define FASTRNN_VECTOR_BYTES 32
-#define FASTRNN_REGISTERS 16
 
 // Only what follows may use the instructions: a standard header compiled with them could end up in the portable build.
 #if defined(__clang__)

@@ -7,13 +7,14 @@
 #include <utility>
 #include <vector>
 
+#define FASTRNN_ISA avx512
+#define FASTRNN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
+#define FASTRNN_VECTOR_BYTES 64
+#define FASTRNN_REGISTERS 32
+
 #include "../kernels.h"
 #include "../plan.h"
 #include "team.h"
-
-#define FASTRNN_ISA avx512
-#define FASTRNN_VECTOR_BYTES 64
-#define FASTRNN_REGISTERS 32
 
 // Only what follows may use the instructions: a standard header compiled with them could end up in the portable build.
 #if defined(__clang__)
