@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What each kernel of probes.cu must give, stated in numpy from the definitions of CUDA and of the PTX ISA."""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Words = np.ndarray[Any, np.dtype[np.uint32]]
+lanes = np.arange(32)
+
+
+@dataclass(frozen=True)
+class Probe:
+    draw: Callable[[np.random.Generator], Words]
+    expected: Callable[[Words], Words]
+    scratch: int = 0  # words after the expected ones
+    sm_90: bool = False
+    tolerance: float = 0.0  # relative, of float32 words; 0: bit by bit
+
+
+def draw_words(count: int) -> Callable[[np.random.Generator], Words]:
+    return lambda random: random.integers(0, 2**32, count, dtype=np.uint32)
+
+
+def halves(words: Words) -> np.ndarray:
+    return words.view(np.uint16)
+
+
+def floats(words: Words) -> np.ndarray:
+    return words.view(np.float32)
+
+
+def words(values: Any) -> Words:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Warps and blocks
+
+
+def shuffled(value: Words) -> Words:
+    def source(of: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        lane = np.where(inside, of, lanes)
+        return np.concatenate([value[:32][lane], value[32:][lane]])
+
+    every = np.ones(32, bool)
+    rows = [
+        source((lanes * 5 + 3) % 32, every),
+        source(lanes // 8 * 8 + (lanes + 1) % 8, every),
+        source(lanes ^ 5, every),
+        source(lanes ^ 12, (lanes ^ 12) // 8 <= lanes // 8),
+        source(lanes - 3, lanes % 16 >= 3),
+        source(lanes + 7, lanes + 7 < 32),
+        np.where(np.tile(lanes, 2) >= 8, source(np.full(32, 9), every), 0),
+    ]
+    return np.concatenate(rows).astype(np.uint32)
+
+
+def voted(value: Words) -> Words:
+    rows = []
+    warps = value.reshape(2, 32)
+    ballots = [int(np.sum((warp % 2).astype(np.uint64) << lanes.astype(np.uint64))) for warp in warps]
+    rows.append(np.repeat(ballots, 32))
+    rows.append(np.repeat((warps % 64 == 0).any(axis=1), 32))
+    rows.append(np.repeat((warps % 64 != 0).all(axis=1), 32))
+    rows.append(np.full(64, (value % 2).sum()))
+    rows.append(np.full(64, (value % 8 != 0).all()))
+    rows.append(np.full(64, (value % 64 == 0).any()))
+    return np.concatenate(rows).astype(np.uint32)
+
+
+def accumulated(value: Words) -> Words:
+    return np.array([value.sum(dtype=np.uint32), value.max(), value[7], value[0]], np.uint32)
+
+
+def reversed_twice(value: Words) -> Words:
+    return np.concatenate([value[::-1], value.reshape(16, 4)[::-1].reshape(-1)])
+
+
+def consumed_by_two(value: Words) -> Words:
+    return np.concatenate([value + np.uint32(1), value + np.uint32(2)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Grids and clusters
+
+
+def passed_around(value: Words) -> Words:
+    rounds = [value.reshape(8, 32)]
+    for i in range(1, 4):
+        rounds.append(np.roll(rounds[-1], -1, axis=0) + np.uint32(i))
+    return words(np.stack(rounds))
+
+
+def summed_along(value: Words) -> Words:
+    return words(value + np.cumsum(np.arange(8, dtype=np.uint32), dtype=np.uint32)[:, None])
+
+
+def exchanged_in_clusters(value: Words) -> Words:
+    blocks = value.reshape(2, 4, 32)
+    read = np.roll(blocks, -1, axis=1)[:, :, ::-1]
+    ranks = np.arange(4, dtype=np.uint32)[None, :, None]
+    return np.concatenate([words(read), words(np.roll(blocks + ranks, -1, axis=1))])
+
+
+def sent_along(value: Words) -> Words:
+    own = value.reshape(4, 32)
+    sent = np.empty((4, 3, 32), np.uint32)
+    sent[:, 0] = own + np.uint32(1)
+    sent[:, 1] = own + np.uint32(2)
+    for rank in range(4):
+        for i in range(4):
+            sent[rank, 1, 4 * i : 4 * i + 4] = i, rank, own[rank, i], 3
+    sent[:, 2] = own + np.uint32(4)
+    return words(np.roll(sent, 1, axis=0))
+
+
+def copied_in_part(value: Words) -> Words:
+    def first(source: Words, valid: int) -> np.ndarray:
+        kept = source.view(np.uint8).copy()
+        kept[valid:] = 0
+        return kept.view(np.uint32)
+
+    rows = value.reshape(2, 32, 4)
+    wide = np.stack([first(rows[0, i], i % 17) for i in range(32)])
+    narrow = np.concatenate([first(value[3 * i : 3 * i + 1], i % 5) for i in range(32)])
+    return np.concatenate([words(wide), words(rows[1, ::-1]), narrow[::-1]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensor cores
+
+
+def matrices_loaded(value: Words) -> Words:
+    matrix = halves(value).reshape(4, 8, 8)
+    as_words = np.ascontiguousarray(matrix).view(np.uint32)  # [matrix, row, pair of columns]
+    transposed = np.ascontiguousarray(matrix.transpose(0, 2, 1)).view(np.uint32)
+    plain, turned = ([m[:, lane // 4, lane % 4] for lane in lanes] for m in (as_words, transposed))
+    pairs = [as_words[:2, lane // 4, lane % 4] for lane in lanes]
+    return np.concatenate([words(np.stack(rows)) for rows in (plain, turned, pairs)])
+
+
+def draw_integers(kind: str) -> Callable[[np.random.Generator], Words]:
+    """Small integers: every product and every order of the sums is exact, so that the result is defined to the bit."""
+
+    def draw(random: np.random.Generator) -> Words:
+        a, b, c = (random.integers(-8, 9, size).astype(np.float32) for size in (256, 128, 128))
+        if kind == "tf32":
+            a, b = a[:128], b[:64]
+        elif kind == "fp16":
+            a, b = a.astype(np.float16), b.astype(np.float16)
+        else:
+            a, b = (np.ascontiguousarray(words(x) >> 16).astype(np.uint16) for x in (a, b))
+        return np.concatenate([words(a), words(b), words(c)])
+
+    return draw
+
+
+def multiplied(kind: str) -> Callable[[Words], Words]:
+    def multiply(value: Words) -> Words:
+        k = 8 if kind == "tf32" else 16
+        a, b, c = value[:128].reshape(32, 4), value[128:192].reshape(32, 2), value[192:].reshape(32, 4)
+        # A row of A is a row of words: one value each of tf32, two of the 16-bit types. The same for a column of B.
+        A, B, C = np.empty((16, 8), np.uint32), np.empty((8, 8), np.uint32), np.empty((16, 8), np.float32)
+        if kind == "tf32":
+            quarter = [(0, 0), (8, 0), (0, 4), (8, 4)]
+        else:
+            quarter = [(0, 0), (8, 0), (0, 4), (8, 4)]
+        for lane in lanes:
+            g, t = divmod(lane, 4)
+            for i, (row, column) in enumerate(quarter):
+                A[g + row, t + column] = a[lane, i]
+            B[g, t], B[g, t + 4] = b[lane]
+            C[g, 2 * t : 2 * t + 2], C[g + 8, 2 * t : 2 * t + 2] = floats(c[lane])[:2], floats(c[lane])[2:]
+        left, right = (decoded(kind, matrix).reshape(-1, k) for matrix in (A, B))
+        D = (C + left @ right.T).astype(np.float32)
+        out = [[D[g, 2 * t], D[g, 2 * t + 1], D[g + 8, 2 * t], D[g + 8, 2 * t + 1]] for g, t in map(split, lanes)]
+        return words(np.array(out, np.float32))
+
+    return multiply
+
+
+def split(lane: int) -> tuple[int, int]:
+    return divmod(lane, 4)
+
+
+def decoded(kind: str, matrix: Words) -> np.ndarray:
+    if kind == "tf32":
+        return floats(matrix & np.uint32(0xFFFFE000)).astype(np.float64)
+    if kind == "fp16":
+        return matrix.view(np.float16).astype(np.float64)
+    return floats(matrix.view(np.uint16).astype(np.uint32) << np.uint32(16)).astype(np.float64)
+
+
+def draw_doubles(random: np.random.Generator) -> Words:
+    return words(random.integers(-1000, 1001, 128).astype(np.float64))
+
+
+def multiplied_doubles(value: Words) -> Words:
+    doubles = value.view(np.float64)
+    a, b, c = doubles[:32].reshape(8, 4), doubles[32:64].reshape(8, 4), doubles[64:].reshape(8, 8)
+    return words(c + a @ b.T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def draw_floats(random: np.random.Generator) -> Words:
+    special = np.array(
+        [0.0, -0.0, np.inf, -np.inf, 65504, 65520, 2**-24, 2**-25, 1 + 2**-11, 1 + 3 * 2**-11], np.float32
+    )
+    ties = words(random.integers(1, 255, 46, dtype=np.uint32) << np.uint32(23) | np.uint32(0x1000))
+    scaled = random.standard_normal(200) * 10.0 ** random.integers(-8, 6, 200)
+    return np.concatenate([words(special), ties, words(scaled.astype(np.float32))])
+
+
+def rounded(value: Words) -> Words:
+    tf32 = (value + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    with np.errstate(over="ignore"):
+        half = floats(value).astype(np.float16).astype(np.float32)
+    to_even = np.uint32(0x7FFF) + (value >> np.uint32(16) & np.uint32(1))
+    bfloat16 = (value + to_even) & np.uint32(0xFFFF0000)
+    return np.concatenate([tf32, words(half), bfloat16])
+
+
+def draw_tanh(random: np.random.Generator) -> Words:
+    return words((random.standard_normal(256) * 10.0 ** random.integers(-3, 2, 256)).astype(np.float32))
+
+
+PROBES = {
+    "shuffles": Probe(draw_words(64), shuffled),
+    "votes": Probe(draw_words(64), voted),
+    "integer_atomics": Probe(draw_words(64), accumulated),
+    "shared_memory": Probe(draw_words(64), reversed_twice),
+    "named_barriers": Probe(draw_words(128), consumed_by_two),
+    "grid_barriers": Probe(draw_words(256), passed_around, scratch=4),
+    "release_acquire": Probe(draw_words(32), summed_along, scratch=8),
+    "fences": Probe(draw_words(32), summed_along, scratch=8),
+    "flag_in_data": Probe(draw_words(96), lambda value: value, scratch=160),
+    "clusters": Probe(draw_words(256), exchanged_in_clusters, sm_90=True),
+    "cluster_flags": Probe(draw_words(64), lambda value: words(value.reshape(2, 32)[::-1]), sm_90=True),
+    "mbarriers": Probe(draw_words(96), lambda value: words(value.reshape(3, 32)[:, ::-1])),
+    "bulk_to_shared": Probe(draw_words(192), lambda value: words(value.reshape(3, 64)[:, ::-1]), sm_90=True),
+    "cluster_copies": Probe(draw_words(128), sent_along, sm_90=True),
+    "cp_asyncs": Probe(draw_words(256), copied_in_part),
+    "ldmatrices": Probe(draw_words(128), matrices_loaded),
+    "mma_bf16": Probe(draw_integers("bf16"), multiplied("bf16")),
+    "mma_fp16": Probe(draw_integers("fp16"), multiplied("fp16")),
+    "mma_tf32": Probe(draw_integers("tf32"), multiplied("tf32")),
+    "mma_fp64": Probe(draw_doubles, multiplied_doubles),
+    "rounding": Probe(draw_floats, rounded),
+    "tanh_approximate": Probe(draw_tanh, lambda value: words(np.tanh(floats(value))), tolerance=2**-11),
+}
+
+
+class Library:
+    """The probes, compiled for a device or for the emulation."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.fastrnn_probe_name.restype = ctypes.c_char_p
+        self.library.fastrnn_probe_run.restype = ctypes.c_char_p
+        self.library.fastrnn_probe_run.argtypes = [ctypes.c_uint, *[ctypes.c_void_p] * 3]
+        self.names: list[str] = []
+        while name := self.library.fastrnn_probe_name(len(self.names)):
+            self.names.append(name.decode())
+
+    def run(self, name: str, value: int, out: int, stream: int = 0) -> None:
+        """Runs a probe on addresses of the device's memory.
+
+        Raises:
+            RuntimeError: when the launch fails.
+        """
+        error = self.library.fastrnn_probe_run(self.names.index(name), value, out, stream)
+        if error:
+            raise RuntimeError(error.decode())
+
+    def run_emulated(self, name: str, value: Words, expected: int) -> Words:
+        out = np.zeros(expected + PROBES[name].scratch + 4, np.uint32)
+        aligned = out[-out.ctypes.data // 4 % 4 :]  # numpy promises no alignment
+        self.run(name, value.ctypes.data, aligned.ctypes.data)
+        return aligned[:expected]
+
+
+def check(probe: Probe, got: Words, expected: Words) -> None:
+    if probe.tolerance:
+        np.testing.assert_allclose(floats(got), floats(expected), rtol=probe.tolerance, atol=1e-38)
+    else:
+        np.testing.assert_array_equal(got, expected)
