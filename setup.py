@@ -117,12 +117,12 @@ class NinjaBuild(build_ext):
         ops_flags += [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
         ops_libs = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
         # Nothing in libtorch is named, but on CUDA builds of torch it brings the symbols of libtorch_cuda into scope.
-        ops_libs += ["-ltorch"] if MACOS else ["-Wl,-z,defs", "-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"]
+        ops_libs += ["-ltorch"] if MACOS else ["-Wl,-z,defs", "-Wl,--no-as-needed", "-ltorch"]
         facts = {"VERSION": self.distribution.get_version(), "TORCH_TARGET": f"{major}.{minor}"}
         facts |= {"BUILD_TYPE": "debug" if DEBUG else "release"}
         if cuda:
             ops_flags += ["-DFASTRNN_WITH_CUDA"]
-            ops_libs += [str(cuda.cudart), "-ldl", "-lrt", "-lpthread"]
+            ops_libs += [str(cuda.cudart), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
             facts |= {"CUDA_VERSION": cuda.version, "CUDA_ARCHS": cuda.archs}
         module_flags = [f'-DFASTRNN_{name}="{value}"' for name, value in facts.items()]
         module_flags += ["-isystem", pybind11.get_include(), "-isystem", python_include]
