@@ -8,8 +8,9 @@ into a model that exists, `revert` takes them out, and `patch` does so for model
 from importlib.metadata import PackageNotFoundError, version
 
 from fastrnn import ops
+from fastrnn.cells import GRUCell, LSTMCell, RNNCell
 from fastrnn.convert import convert, patch, revert
-from fastrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastrnn.modules import GRU, LSTM, RNN
 
 try:
     __version__ = version("fastrnn")

@@ -16,15 +16,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastrnn import modules
+from fastrnn import cells, modules
 
 _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: modules.RNN,
     nn.GRU: modules.GRU,
     nn.LSTM: modules.LSTM,
-    nn.RNNCell: modules.RNNCell,
-    nn.GRUCell: modules.GRUCell,
-    nn.LSTMCell: modules.LSTMCell,
+    nn.RNNCell: cells.RNNCell,
+    nn.GRUCell: cells.GRUCell,
+    nn.LSTMCell: cells.LSTMCell,
 }
 _INVERSE = {ours: theirs for theirs, ours in _PAIRS.items()}
 _MARK = "_fastrnn_converted"  # an attribute of what was converted; it goes along with copies and pickles
@@ -123,7 +123,7 @@ def _converting(init: Callable[..., None], theirs: type[nn.Module]) -> Callable[
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    return model.named_modules()
+    yield from model.named_modules()
 
 
 def _base(module: nn.Module) -> type[nn.Module]:

@@ -5,7 +5,7 @@ Weights are read from their attributes at every call, so whatever replaces them 
 pruning, `torch.func.functional_call`, plain assignment.
 
 Letters in shapes: T time, B batch, I input_size, H hidden_size, P proj_size, H_out = P with a projection and H without,
-L num_layers, D directions, N the sum of the lengths of a packed batch.
+L num_layers, D directions. Without a batch B is left out.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,17 +23,23 @@ States = Sequence[Tensor]
 Device = torch.device | str | int | None
 
 
-def _as_hx(states: States) -> Any:
+def is_tracing() -> bool:
+    """Whether torch.jit.trace runs. Sizes are tensors then, and a check of them is recorded as a constant."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
+
+
+def as_hx(states: States) -> Any:
+    """The form in which the user sees states."""
     return states[0] if len(states) == 1 else tuple(states)
 
 
-def _read(module: nn.Module, names: Iterable[str]) -> list[Any]:
+def read_weights(module: nn.Module, names: Iterable[str]) -> list[Any]:
     """The current weights of these names, None where there is none."""
     parameters = module._parameters  # a look here first saves most of the time of Module.__getattr__
     return [parameters[name] if name in parameters else getattr(module, name, None) for name in names]
 
 
-def _check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> None:
+def check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> None:
     """Raises unless all are tensors with the device and the dtype of the input."""
     device, dtype = input.device, input.dtype
     for tensor in tensors:
@@ -51,7 +57,7 @@ def _check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> 
             )
 
 
-def _call_autocast(
+def call_autocast(
     run: Callable[..., Sequence[Tensor]],
     promotes: Sequence[bool],
     input: Tensor,
@@ -95,13 +101,13 @@ class _LayerStack(nn.RNNBase):
         raise NotImplementedError
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:
-        """For the output and each state, what `_call_autocast` asks."""
+        """For the output and each state, what `call_autocast` asks."""
         raise NotImplementedError
 
     @property
     def _flat_weights(self) -> list[Any]:
         # RNNBase keeps a list, which goes stale when a weight is replaced behind its back. A view cannot.
-        return _read(self, self._flat_weights_names)
+        return read_weights(self, self._flat_weights_names)
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Any]) -> None:
@@ -129,9 +135,9 @@ class _LayerStack(nn.RNNBase):
             return self._run(input, hx)
         batch_dim = 0 if self.batch_first else 1
         if hx is not None:
-            hx = _as_hx([state.unsqueeze(1) for state in self._states(hx)])
+            hx = as_hx([state.unsqueeze(1) for state in self._states(hx)])
         output, hx = self._run(input.unsqueeze(batch_dim), hx)
-        return output.squeeze(batch_dim), _as_hx([state.squeeze(1) for state in self._states(hx)])
+        return output.squeeze(batch_dim), as_hx([state.squeeze(1) for state in self._states(hx)])
 
     def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None) -> tuple[Tensor, Any]:
         if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
@@ -141,14 +147,14 @@ class _LayerStack(nn.RNNBase):
         batch_first = self.batch_first and batch_sizes is None
         if batch_first:
             input = input.transpose(0, 1)
-        if batch_sizes is None and input.size(0) == 0:
+        if batch_sizes is None and not is_tracing() and input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
         run = partial(self._run_layers, batch_sizes=batch_sizes)
         states = None if hx is None else self._states(hx)
         promotes = self._promotes(batch_sizes is not None)
-        output, *states = _call_autocast(run, promotes, input, self._flat_weights, states)
-        return output.transpose(0, 1) if batch_first else output, _as_hx(states)
+        output, *states = call_autocast(run, promotes, input, self._flat_weights, states)
+        return output.transpose(0, 1) if batch_first else output, as_hx(states)
 
     def _run_layers(
         self, input: Tensor, weights: list[Tensor], states: States | None, batch_sizes: Tensor | None
@@ -160,9 +166,9 @@ class _LayerStack(nn.RNNBase):
             batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
             initial = [self._zeros(input, batch)] * runs
         else:
-            _check_alike(input, "hidden", states)
+            check_alike(input, "hidden", states)
             initial = list(zip(*(state.unbind() for state in states), strict=True))
-        _check_alike(input, "parameter", weights)
+        check_alike(input, "parameter", weights)
 
         per_run = len(weights) // runs
         final: list[list[Tensor]] = []
@@ -201,8 +207,35 @@ class _LayerStack(nn.RNNBase):
             raise RuntimeError(f"For {form} {dim}-D input, hx should also be {dim}-D but got {hx.dim()}-D tensor")
 
 
+def _refuse_projection(options: dict[str, Any]) -> None:
+    if "proj_size" in options:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
 class RNN(_LayerStack):
-    """Drop-in for torch.nn.RNN."""
+    """Drop-in for torch.nn.RNN: same arguments, weights, outputs and errors.
+
+    For each layer, from the first step to the last, in the other direction from the last to the first::
+
+        h = tanh(W_ih x + b_ih + W_hh h + b_hh)
+
+    where x is the input, above the first layer the output of the layer below after dropout, and relu takes the place of
+    tanh where `nonlinearity` says so.
+
+    A call takes `input` and optionally `h_0`, zero by default, and returns `output, h_n`:
+
+    * input: (T, B, I), with `batch_first` (B, T, I), unbatched (T, I), or a PackedSequence
+    * h_0, h_n: (L*D, B, H)
+    * output: in the form of the input, with D*H features
+
+    Differences: `flatten_parameters` has nothing to do; autocast to bfloat16 stays bfloat16 on CUDA; complex weights
+    are refused.
+
+    Raises:
+        TypeError: As torch.nn.RNN, for an argument of the wrong type.
+        ValueError: As torch.nn.RNN, for an option out of its range, or an input of the wrong dtype or dimension.
+        RuntimeError: As torch.nn.RNN, for sizes, dtypes or devices that do not fit.
+    """
 
     _dim_error = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
@@ -220,6 +253,7 @@ class RNN(_LayerStack):
         dtype: torch.dtype | None = None,
         **unsupported: Any,
     ) -> None:
+        """Takes what torch.nn.RNN takes."""
         _refuse_projection(unsupported)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -239,7 +273,31 @@ class RNN(_LayerStack):
 
 
 class GRU(_LayerStack):
-    """Drop-in for torch.nn.GRU."""
+    """Drop-in for torch.nn.GRU: same arguments, weights, outputs and errors.
+
+    For each layer, from the first step to the last, in the other direction from the last to the first::
+
+        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
+        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+        n = tanh(W_in x + b_in + r (W_hn h + b_hn))
+        h = (1 - z) n + z h
+
+    where x is the input, above the first layer the output of the layer below after dropout.
+
+    A call takes `input` and optionally `h_0`, zero by default, and returns `output, h_n`:
+
+    * input: (T, B, I), with `batch_first` (B, T, I), unbatched (T, I), or a PackedSequence
+    * h_0, h_n: (L*D, B, H)
+    * output: in the form of the input, with D*H features
+
+    Differences: `flatten_parameters` has nothing to do; autocast to bfloat16 stays bfloat16 on CUDA; complex weights
+    are refused.
+
+    Raises:
+        TypeError: As torch.nn.GRU, for an argument of the wrong type.
+        ValueError: As torch.nn.GRU, for an option out of its range, or an input of the wrong dtype or dimension.
+        RuntimeError: As torch.nn.GRU, for sizes, dtypes or devices that do not fit.
+    """
 
     _dim_error = "GRU: Expected input to be 2D or 3D, got {}D instead"
 
@@ -256,6 +314,7 @@ class GRU(_LayerStack):
         dtype: torch.dtype | None = None,
         **unsupported: Any,
     ) -> None:
+        """Takes what torch.nn.GRU takes."""
         _refuse_projection(unsupported)
         options = {"device": device, "dtype": dtype, **unsupported}
         super().__init__(
@@ -270,14 +329,41 @@ class GRU(_LayerStack):
 
 
 class LSTM(_LayerStack):
-    """Drop-in for torch.nn.LSTM."""
+    """Drop-in for torch.nn.LSTM: same arguments, weights, outputs and errors.
+
+    For each layer, from the first step to the last, in the other direction from the last to the first::
+
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)
+        f = sigmoid(W_if x + b_if + W_hf h + b_hf)
+        g = tanh(W_ig x + b_ig + W_hg h + b_hg)
+        o = sigmoid(W_io x + b_io + W_ho h + b_ho)
+        c = f c + i g
+        h = o tanh(c), with a projection W_hr (o tanh(c))
+
+    where x is the input, above the first layer the output of the layer below after dropout.
+
+    A call takes `input` and optionally `(h_0, c_0)`, zero by default, and returns `output, (h_n, c_n)`:
+
+    * input: (T, B, I), with `batch_first` (B, T, I), unbatched (T, I), or a PackedSequence
+    * h_0, h_n: (L*D, B, H_out)
+    * c_0, c_n: (L*D, B, H)
+    * output: in the form of the input, with D*H_out features
+
+    Differences: `flatten_parameters` has nothing to do; autocast to bfloat16 stays bfloat16 on CUDA; complex weights
+    are refused.
+
+    Raises:
+        TypeError: As torch.nn.LSTM, for an argument of the wrong type.
+        ValueError: As torch.nn.LSTM, for an option out of its range, or an input of the wrong dtype or dimension.
+        RuntimeError: As torch.nn.LSTM, for sizes, dtypes or devices that do not fit.
+    """
 
     _dim_error = "LSTM: Expected input to be 2D or 3D, got {}D instead"
 
     # These look inside a pair of states and call no super(): torch's own serve.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -292,6 +378,7 @@ class LSTM(_LayerStack):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Takes what torch.nn.LSTM takes."""
         super().__init__(
             *("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size),
             device=device,
@@ -325,134 +412,3 @@ class LSTM(_LayerStack):
             raise RuntimeError(
                 f"For {form} {dim}-D input, hx and cx should also be {dim}-D but got ({h_dim}-D, {c_dim}-D) tensors"
             )
-
-
-def _refuse_projection(options: dict[str, Any]) -> None:
-    if "proj_size" in options:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-
-
-class _Cell(nn.RNNCellBase):
-    """What the cells share: the forms of the input and the checks. A cell is its layer at T = 1."""
-
-    _name: str  # in the words of torch.nn
-    _promotes: tuple[bool, ...]  # for each state, what `_call_autocast` asks
-
-    def _op(self, *args: Any) -> tuple[Tensor, ...]:
-        """Runs one step: the output, and the states after it."""
-        raise NotImplementedError
-
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """Runs one step. What goes in and what comes out is said at the class."""
-        dim = input.dim()
-        if dim not in (1, 2):
-            raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {dim}D instead")
-        states = None if hx is None else self._states(hx)
-        if dim == 1:
-            input = input.unsqueeze(0)
-            states = states if states is None else [state.unsqueeze(0) for state in states]
-        weights = _read(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        states = _call_autocast(self._step, self._promotes, input, weights, states)
-        return _as_hx(states if dim == 2 else [state.squeeze(0) for state in states])
-
-    def _step(self, input: Tensor, weights: list[Any], states: States | None) -> Sequence[Tensor]:
-        batch, input_size = input.shape
-        if input_size != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {self.input_size}")
-        hidden_size = self.hidden_size
-        if states is None:
-            states = [input.new_zeros(batch, hidden_size)] * len(self._promotes)
-        else:
-            for index, state in enumerate(states):
-                if state.size(0) != batch:
-                    raise RuntimeError(
-                        f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}"
-                    )
-                if state.size(1) != hidden_size:
-                    raise RuntimeError(
-                        f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {hidden_size}"
-                    )
-            _check_alike(input, "hidden", states)
-        _check_alike(input, "parameter", weights[:2] + [bias for bias in weights[2:] if bias is not None])
-        return self._op(input.unsqueeze(0), *weights, *states)[1:]
-
-    def _states(self, hx: Any) -> States:
-        self._check_state_dim(hx, "hidden")
-        return (hx,)
-
-    def _check_state_dim(self, state: Any, name: str) -> None:
-        if state.dim() not in (1, 2):
-            raise ValueError(f"{self._name}: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
-
-
-class RNNCell(_Cell):
-    """Drop-in for torch.nn.RNNCell."""
-
-    _name = "RNNCell"
-    _promotes = (False,)
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
-
-    def _op(self, *args: Any) -> tuple[Tensor, ...]:
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return ops.rnn_layer(*args, nonlinearity=self.nonlinearity)
-
-
-class GRUCell(_Cell):
-    """Drop-in for torch.nn.GRUCell."""
-
-    _name = "GRUCell"
-    _promotes = (True,)
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-
-    def _op(self, *args: Any) -> tuple[Tensor, ...]:
-        return ops.gru_layer(*args)
-
-
-class LSTMCell(_Cell):
-    """Drop-in for torch.nn.LSTMCell."""
-
-    _name = "LSTMCell"
-    _promotes = (True, True)
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-
-    def _op(self, *args: Any) -> tuple[Tensor, ...]:
-        return ops.lstm_layer(*args)
-
-    def _states(self, hx: Any) -> States:
-        for index, state in enumerate(hx):
-            self._check_state_dim(state, f"hx[{index}]")
-        if isinstance(hx, Tensor):
-            raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
-        if len(hx) != 2:
-            raise RuntimeError("lstm_cell expects two hidden states")
-        return hx  # type: ignore[no-any-return]

@@ -142,8 +142,8 @@ def lstm_layer(
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    if torch.jit.is_tracing():  # the trace serves with and without grad, and backward recomputes what was not saved
-        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False  # one trace serves with and without grad: backward recomputes what was not saved
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

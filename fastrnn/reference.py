@@ -22,12 +22,12 @@ Cell = Callable[[Tensor, Tensor, States], States]
 
 
 def rnn_cell(gx: Tensor, gh: Tensor, states: States, nonlinearity: str = "tanh") -> States:
-    """h' = tanh(gx + gh), or relu(gx + gh)."""
+    """Computes h' = tanh(gx + gh), or relu(gx + gh)."""
     return ({"tanh": torch.tanh, "relu": torch.relu}[nonlinearity](gx + gh),)
 
 
 def gru_cell(gx: Tensor, gh: Tensor, states: States) -> States:
-    """r, z = sigmoid(gx + gh); n = tanh(gx + r gh); h' = (1 - z) n + z h."""
+    """Computes r, z = sigmoid(gx + gh); n = tanh(gx + r gh); h' = (1 - z) n + z h."""
     (h,) = states
     gx_r, gx_z, gx_n = gx.chunk(3, -1)
     gh_r, gh_z, gh_n = gh.chunk(3, -1)
@@ -38,7 +38,7 @@ def gru_cell(gx: Tensor, gh: Tensor, states: States) -> States:
 
 
 def lstm_cell(gx: Tensor, gh: Tensor, states: States) -> States:
-    """i, f, o = sigmoid(gx + gh); g = tanh(gx + gh); c' = f c + i g; h' = o tanh(c')."""
+    """Computes i, f, o = sigmoid(gx + gh); g = tanh(gx + gh); c' = f c + i g; h' = o tanh(c')."""
     _, c = states
     i, f, g, o = (gx + gh).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -141,7 +141,8 @@ def lstm_layer(
         input: (T, B, I), or packed (N, I). Without `w_ih`: x_gates = W_ih x + b_ih, (..., G*H).
         w_ih: (G*H, I), or None.
         w_hh: (G*H, H), or (G*H, P) with a projection.
-        b_ih, b_hh: (G*H,), or None.
+        b_ih: (G*H,), or None.
+        b_hh: (G*H,), or None.
         h0: (B, H), or (B, P) with a projection.
         c0: (B, H).
         w_hr: the projection (P, H), or None.

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The cells: one step of a recurrent network, for those who write the loop over time themselves.
+
+Letters in shapes: B batch, I input_size, H hidden_size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn import ops
+from fastrnn.modules import Device, States, as_hx, call_autocast, check_alike, is_tracing, read_weights
+
+
+class _Cell(nn.RNNCellBase):
+    """What the cells share: the forms of the input and the checks. A cell is its layer at T = 1."""
+
+    _name: str  # in the words of torch.nn
+    _promotes: tuple[bool, ...]  # for each state, what `call_autocast` asks
+
+    def _op(self, *args: Any) -> tuple[Tensor, ...]:
+        """Runs one step: the output, and the states after it."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Runs one step. What goes in and what comes out is said at the class."""
+        dim = input.dim()
+        if dim not in (1, 2):
+            raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {dim}D instead")
+        states = None if hx is None else self._states(hx)
+        if dim == 1:
+            input = input.unsqueeze(0)
+            states = states if states is None else [state.unsqueeze(0) for state in states]
+        if not is_tracing():
+            self._check_sizes(input, states)
+        weights = read_weights(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        states = call_autocast(self._step, self._promotes, input, weights, states)
+        return as_hx(states if dim == 2 else [state.squeeze(0) for state in states])
+
+    def _step(self, input: Tensor, weights: list[Any], states: States | None) -> Sequence[Tensor]:
+        if states is None:
+            states = [input.new_zeros(input.size(0), self.hidden_size)] * len(self._promotes)
+        else:
+            check_alike(input, "hidden", states)
+        check_alike(input, "parameter", weights[:2] + [bias for bias in weights[2:] if bias is not None])
+        return self._op(input.unsqueeze(0), *weights, *states)[1:]
+
+    def _check_sizes(self, input: Tensor, states: States | None) -> None:
+        batch, input_size = input.shape
+        if input_size != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {self.input_size}")
+        for index, state in enumerate(states or ()):
+            if state.size(0) != batch:
+                raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
+            if state.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
+                )
+
+    def _states(self, hx: Any) -> States:
+        self._check_state_dim(hx, "hidden")
+        return (hx,)
+
+    def _check_state_dim(self, state: Any, name: str) -> None:
+        if state.dim() not in (1, 2):
+            raise ValueError(f"{self._name}: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
+
+
+class RNNCell(_Cell):
+    """Drop-in for torch.nn.RNNCell: same arguments, weights, outputs and errors.
+
+    One step::
+
+        h' = tanh(W_ih x + b_ih + W_hh h + b_hh)
+
+    with relu for tanh where `nonlinearity` says so. A call takes `input` (B, I) or (I,) and optionally `h` (B, H) or
+    (H,), zero by default, and returns h'.
+
+    Difference: complex weights are refused.
+
+    Raises:
+        TypeError: As torch.nn.RNNCell, for an argument of the wrong type.
+        ValueError: As torch.nn.RNNCell, for an input or a state with the wrong number of dimensions.
+        RuntimeError: As torch.nn.RNNCell, for sizes, dtypes or devices that do not fit.
+    """
+
+    _name = "RNNCell"
+    _promotes = (False,)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Takes what torch.nn.RNNCell takes."""
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def _op(self, *args: Any) -> tuple[Tensor, ...]:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return ops.rnn_layer(*args, nonlinearity=self.nonlinearity)
+
+
+class GRUCell(_Cell):
+    """Drop-in for torch.nn.GRUCell: same arguments, weights, outputs and errors.
+
+    One step::
+
+        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
+        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+        n = tanh(W_in x + b_in + r (W_hn h + b_hn))
+        h' = (1 - z) n + z h
+
+    A call takes `input` (B, I) or (I,) and optionally `h` (B, H) or (H,), zero by default, and returns h'.
+
+    Difference: complex weights are refused.
+
+    Raises:
+        TypeError: As torch.nn.GRUCell, for an argument of the wrong type.
+        ValueError: As torch.nn.GRUCell, for an input or a state with the wrong number of dimensions.
+        RuntimeError: As torch.nn.GRUCell, for sizes, dtypes or devices that do not fit.
+    """
+
+    _name = "GRUCell"
+    _promotes = (True,)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Takes what torch.nn.GRUCell takes."""
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def _op(self, *args: Any) -> tuple[Tensor, ...]:
+        return ops.gru_layer(*args)
+
+
+class LSTMCell(_Cell):
+    """Drop-in for torch.nn.LSTMCell: same arguments, weights, outputs and errors.
+
+    One step::
+
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)
+        f = sigmoid(W_if x + b_if + W_hf h + b_hf)
+        g = tanh(W_ig x + b_ig + W_hg h + b_hg)
+        o = sigmoid(W_io x + b_io + W_ho h + b_ho)
+        c' = f c + i g
+        h' = o tanh(c')
+
+    A call takes `input` (B, I) or (I,) and optionally `(h, c)`, each (B, H) or (H,), zero by default, and returns
+    `(h', c')`.
+
+    Difference: complex weights are refused.
+
+    Raises:
+        TypeError: As torch.nn.LSTMCell, for an argument of the wrong type.
+        ValueError: As torch.nn.LSTMCell, for an input or a state with the wrong number of dimensions.
+        RuntimeError: As torch.nn.LSTMCell, for sizes, dtypes or devices that do not fit.
+    """
+
+    _name = "LSTMCell"
+    _promotes = (True, True)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Takes what torch.nn.LSTMCell takes."""
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def _op(self, *args: Any) -> tuple[Tensor, ...]:
+        return ops.lstm_layer(*args)
+
+    def _states(self, hx: Any) -> States:
+        for index, state in enumerate(hx):
+            self._check_state_dim(state, f"hx[{index}]")
+        if isinstance(hx, Tensor):
+            raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+        if len(hx) != 2:
+            raise RuntimeError("lstm_cell expects two hidden states")
+        return hx  # type: ignore[no-any-return]
