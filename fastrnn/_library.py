@@ -25,12 +25,12 @@ def load() -> None:
     except ImportError as error:
         python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
         raise _failure(f"the compiled module fastrnn._C is missing or was not built for {python}") from error
-    if torch.__version__ < tuple(map(int, _C.torch_target.split("."))):
+    if torch.__version__ < _C.torch_target:  # compares versions, not text
         raise _failure(f"torch {_C.torch_target} or later is needed, found {torch.__version__}", "upgrade torch")
     if not path().exists():
         raise _failure(f"the compiled library {path()} is missing")
     try:
-        torch.ops.load_library(path())
+        torch.ops.load_library(path())  # type: ignore[no-untyped-call]
     except OSError as error:
         raise _failure(f"the compiled library {path()} does not load here ({error.__cause__ or error})") from error
 
