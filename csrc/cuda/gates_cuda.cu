@@ -15,6 +15,9 @@
 //
 // A thread owns kUnits neighbouring units of one row, so that states move 16 bytes an instruction and 16-bit tensors 8,
 // while a small step still spreads over many blocks. Where H or an address does not allow it, it owns one unit.
+//
+// States that a cell does not read cost nothing: the compiler drops their loads. h_prev and h_next are null where their
+// width is not H, with a projection, which only cells that do not read them have.
 #include <algorithm>
 
 #include "../kernels.h"
@@ -59,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
     const int64_t state = row * p.H + unit;
     const int64_t gates = row * C::kGates * p.H + unit;
     Values<acc_t, C::kGates> gx[N], gh[N];
-    Values<acc_t, C::kStates> prev[N], next[N];
+    Values<acc_t, C::kStates> prev[N] = {}, next[N];
     Values<acc_t, C::kSaved> saved[N];
     acc_t values[N];
 
@@ -74,8 +77,10 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
         for (int i = 0; i < N; ++i) gh[i][k] += values[i];
       }
     }
-    load(values, p.h_prev + state);
-    for (int i = 0; i < N; ++i) prev[i][0] = values[i];
+    if (p.h_prev) {
+      load(values, p.h_prev + state);
+      for (int i = 0; i < N; ++i) prev[i][0] = values[i];
+    }
     if constexpr (C::kStates == 2) {
       load(values, p.c + state);
       for (int i = 0; i < N; ++i) prev[i][1] = values[i];
@@ -112,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
     const int64_t state = row * p.H + unit;
     const int64_t gates = row * C::kGates * p.H + unit;
     Values<acc_t, C::kSaved> saved[N];
-    Values<acc_t, C::kStates> prev[N], next[N], d_next[N], d_prev[N];
+    Values<acc_t, C::kStates> prev[N] = {}, next[N] = {}, d_next[N], d_prev[N];
     Values<acc_t, C::kGates> d_gx[N], d_gh[N];
     acc_t values[N];
 
@@ -121,10 +126,14 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
       load(values, p.saved_gates + row * C::kSaved * p.H + k * p.H + unit);
       for (int i = 0; i < N; ++i) saved[i][k] = values[i];
     }
-    load(values, p.h_prev + state);
-    for (int i = 0; i < N; ++i) prev[i][0] = values[i];
-    load(values, p.h_next + state);
-    for (int i = 0; i < N; ++i) next[i][0] = values[i];
+    if (p.h_prev) {
+      load(values, p.h_prev + state);
+      for (int i = 0; i < N; ++i) prev[i][0] = values[i];
+    }
+    if (p.h_next) {
+      load(values, p.h_next + state);
+      for (int i = 0; i < N; ++i) next[i][0] = values[i];
+    }
     load(values, p.d_h + state);
     for (int i = 0; i < N; ++i) d_next[i][0] = values[i];
     if (p.d_output) {

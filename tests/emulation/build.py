@@ -116,7 +116,7 @@ def _write_ninja_file(file, library: str, sanitizer: str, target: Path) -> None:
     if library == "ops":
         from torch.utils import cpp_extension
 
-        kernel_flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        kernel_flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-fvisibility=hidden"]
         kernel_flags += [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
         libraries += [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
 
