@@ -27,6 +27,7 @@ _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: cells.LSTMCell,
 }
 _INVERSE = {ours: theirs for theirs, ours in _PAIRS.items()}
+_NAMES = {theirs.__name__ for theirs in _PAIRS}
 _MARK = "_fastrnn_converted"  # an attribute of what was converted; it goes along with copies and pickles
 
 
@@ -134,7 +135,7 @@ def _base(module: nn.Module) -> type[nn.Module]:
 def _swap(module: nn.Module, to: type[nn.Module]) -> None:
     old = type(module)
     if parametrize.is_parametrized(module):
-        # The class holds the parametrized weights as properties, of this module alone: make it again over the new base.
+        # Its class holds the parametrized weights as properties, and deep copies share it: derive another one.
         body = {name: value for name, value in vars(old).items() if name not in ("__dict__", "__weakref__")}
         to = type(f"Parametrized{to.__name__}", (to,), body)
     module.__class__ = to
@@ -147,8 +148,7 @@ def _swap(module: nn.Module, to: type[nn.Module]) -> None:
 def _reason_against(module: nn.Module, base: type[nn.Module]) -> str | None:
     """Why a module that looks recurrent cannot be converted."""
     if isinstance(module, torch.jit.ScriptModule):
-        name = getattr(module, "original_name", "")
-        return "scripted or traced" if name in {theirs.__name__ for theirs in _PAIRS} else None
+        return "scripted or traced" if getattr(module, "original_name", None) in _NAMES else None
     if base in _PAIRS:
         if "forward" in module.__dict__:
             return "its forward was replaced"
@@ -158,6 +158,6 @@ def _reason_against(module: nn.Module, base: type[nn.Module]) -> str | None:
     if isinstance(module, tuple(_PAIRS)):
         parent = next(theirs for theirs in _PAIRS if isinstance(module, theirs))
         return f"{base.__name__} is a subclass of torch.nn.{parent.__name__}"
-    if base.__module__.startswith("torch.ao.nn.quantiz") and base.__name__ in {t.__name__ for t in _PAIRS}:
+    if base.__module__.startswith("torch.ao.nn.quantiz") and base.__name__ in _NAMES:
         return "quantized"
     return None

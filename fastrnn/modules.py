@@ -229,7 +229,7 @@ class RNN(_LayerStack):
     * output: in the form of the input, with D*H features
 
     Differences: `flatten_parameters` has nothing to do; autocast to bfloat16 stays bfloat16 on CUDA; complex weights
-    are refused.
+    are refused; torch.jit.script does not compile it (torch.jit.trace, torch.compile and torch.export do).
 
     Raises:
         TypeError: As torch.nn.RNN, for an argument of the wrong type.
@@ -291,7 +291,7 @@ class GRU(_LayerStack):
     * output: in the form of the input, with D*H features
 
     Differences: `flatten_parameters` has nothing to do; autocast to bfloat16 stays bfloat16 on CUDA; complex weights
-    are refused.
+    are refused; torch.jit.script does not compile it (torch.jit.trace, torch.compile and torch.export do).
 
     Raises:
         TypeError: As torch.nn.GRU, for an argument of the wrong type.
@@ -350,7 +350,7 @@ class LSTM(_LayerStack):
     * output: in the form of the input, with D*H_out features
 
     Differences: `flatten_parameters` has nothing to do; autocast to bfloat16 stays bfloat16 on CUDA; complex weights
-    are refused.
+    are refused; torch.jit.script does not compile it (torch.jit.trace, torch.compile and torch.export do).
 
     Raises:
         TypeError: As torch.nn.LSTM, for an argument of the wrong type.
