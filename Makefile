@@ -49,10 +49,10 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("fastrnn needs Python 3.10 or later" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-# torch, unless there is one, and what pyproject.toml's [build-system] lists
+# torch, unless there is one, and what pyproject.toml's [build-system] lists; torch warns where numpy is missing
 $(VENV)/.build-tools: pyproject.toml | $(BIN)/python
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install '$(TORCH)'
-	$(BIN)/python -m pip install -q 'setuptools>=77' pybind11 ninja
+	$(BIN)/python -m pip install -q 'setuptools>=77' pybind11 ninja numpy
 	touch $@
 
 # the package itself, editable, with one extra of pyproject.toml
