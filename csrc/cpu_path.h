@@ -84,6 +84,71 @@ struct CpuPath {
     });
     return g;
   }
+
+  static Tensor input_gradient(const Layer& l, const Tensor& d_x_gates) {
+    const Tensor d_input = empty(d_x_gates, {l.N, l.I}, d_x_gates.scalar_type());
+    dispatch_compute(d_x_gates.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      input_gradient_cpu<T>({l.N, d_x_gates.size(1), l.I, in<T>(d_x_gates), in<T>(l.w_ih), out<T>(d_input)},
+                            torch_threads());
+    });
+    return d_input;
+  }
+
+  static WeightAndBias input_weight_gradient(const Layer& l, const GateGradients& g, bool bias) {
+    return weight_gradient(l, g.d_x_gates, l.I, l.w_ih.has_value(), bias, [&](auto zero, auto& rows) {
+      using T = decltype(zero);
+      const bool packed = l.input.dim() == 2;
+      const int64_t stride = l.input.stride(packed ? 0 : 1);
+      for (int64_t t = 0; t < l.T; ++t) {
+        const T* first = in<T>(l.input) + (packed ? l.row_begin[t] * stride : t * l.input.stride(0));
+        for (int64_t b = 0; b < l.row_begin[t + 1] - l.row_begin[t]; ++b) rows.push_back(first + b * stride);
+      }
+    });
+  }
+
+  static WeightAndBias recurrent_weight_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved,
+                                                 bool bias) {
+    const Tensor output = dense(to_dtype(saved.output, g.d_h_gates.scalar_type()));
+    return weight_gradient(l, g.d_h_gates, l.P, true, bias, [&](auto zero, auto& rows) {
+      using T = decltype(zero);
+      rows.resize(l.N);
+      for (int64_t s = 0; s < l.T; ++s) {
+        const int64_t row = l.row_begin[l.steps.time(s)], started = l.steps.count(s - 1);
+        const T* before = s > 0 ? in<T>(output) + l.row_begin[l.steps.time(s - 1)] * l.P : nullptr;
+        for (int64_t b = 0; b < l.steps.count(s); ++b) rows[row + b] = (b < started ? before : in<T>(l.h0)) + b * l.P;
+      }
+    });
+  }
+
+  static Tensor projection_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved) {
+    const Tensor m = dense(to_dtype(*saved.saved_m, g.d_projected->scalar_type()));
+    const auto rows_of_m = [&](auto zero, auto& rows) {
+      for (int64_t n = 0; n < l.N; ++n) rows.push_back(in<decltype(zero)>(m) + n * l.H);
+    };
+    return *weight_gradient(l, *g.d_projected, l.H, true, false, rows_of_m).weight;
+  }
+
+ private:
+  // list(zero, rows) appends the N rows that the weight was multiplied with.
+  template <typename ListRows>
+  static WeightAndBias weight_gradient(const Layer& l, const Tensor& d_gates, int64_t K, bool weight, bool bias,
+                                       const ListRows& list) {
+    const ScalarType t = d_gates.scalar_type();
+    const int64_t M = d_gates.size(1);
+    WeightAndBias d;
+    if (weight) d.weight = empty(d_gates, {M, K}, t);
+    if (bias) d.bias = empty(d_gates, {M}, t);
+    dispatch_compute(t, [&](auto zero) {
+      using T = decltype(zero);
+      std::vector<const T*> rows;
+      rows.reserve(l.N);
+      if (weight) list(zero, rows);
+      weight_gradient_cpu<T>({l.N, M, K, in<T>(d_gates), rows.data(), out<T>(d.weight), out<T>(d.bias)},
+                             torch_threads());
+    });
+    return d;
+  }
 };
 
 }  // namespace fastrnn

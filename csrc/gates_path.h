@@ -189,6 +189,21 @@ struct GatesPath {
     return g;
   }
 
+  static Tensor input_gradient(const Layer& l, const Tensor& d_x_gates) { return mm(d_x_gates, *l.w_ih); }
+
+  static WeightAndBias input_weight_gradient(const Layer& l, const GateGradients& g, bool bias) {
+    return {l.w_ih ? MaybeTensor(mm(transposed(g.d_x_gates), flat(l.input, l.N))) : std::nullopt,
+            bias ? MaybeTensor(sum_rows(g.d_x_gates)) : std::nullopt};
+  }
+  static WeightAndBias recurrent_weight_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved,
+                                                 bool bias) {
+    return {mm(transposed(g.d_h_gates), l.h_before(saved.output)),
+            bias ? MaybeTensor(sum_rows(g.d_h_gates)) : std::nullopt};
+  }
+  static Tensor projection_gradient(const Layer&, const GateGradients& g, const ForwardResult& saved) {
+    return mm(transposed(*g.d_projected), *saved.saved_m);
+  }
+
   struct Backward {
     const Layer& l;
     const ForwardResult& saved;

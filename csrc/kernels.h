@@ -93,6 +93,29 @@ struct SequenceBackward {
   scalar_t* d_c0;         // [B, H]  carries d_c; null for cells without c
 };
 
+// d_input = d_x_gates W_ih.
+template <typename scalar_t>
+struct InputGradient {
+  int64_t N, M, I;          // M = G*H
+  const scalar_t* d_gates;  // [N, M]
+  const scalar_t* w_ih;     // [M, I]
+  scalar_t* d_input;        // [N, I]
+};
+
+// d_weight = the sum over n of d_gates[n]^T rows[n], and d_bias that of d_gates[n].
+template <typename scalar_t>
+struct WeightGradient {
+  int64_t N, M, K;
+  const scalar_t* d_gates;      // [N, M]
+  const scalar_t* const* rows;  // [N] rows of K: what the weight was multiplied with
+  scalar_t* d_weight;           // [M, K] or null
+  scalar_t* d_bias;             // [M] or null
+};
+
+template <typename scalar_t>
+void input_gradient_cpu(const InputGradient<scalar_t>&, const ThreadPool&);
+template <typename scalar_t>
+void weight_gradient_cpu(const WeightGradient<scalar_t>&, const ThreadPool&);
 template <template <typename> class Cell, typename scalar_t>
 void sequence_forward_cpu(const SequenceForward<scalar_t>&, const ThreadPool&);
 template <template <typename> class Cell, typename scalar_t>

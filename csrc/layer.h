@@ -231,6 +231,10 @@ struct ForwardResult {
   MaybeTensor c_n, saved_gates, saved_c, saved_m;
 };
 
+struct WeightAndBias {
+  MaybeTensor weight, bias;
+};
+
 struct GateGradients {
   Tensor d_x_gates, d_h_gates;  // [N, G*H]; one tensor for cells whose gate gradients agree
   MaybeTensor d_projected;      // [N, P]

@@ -69,18 +69,18 @@ struct Operator {
 
     Gradients r;
     if (need_input) {
-      const Tensor d_input = store(layer.w_ih ? mm(g.d_x_gates, *layer.w_ih) : g.d_x_gates);
+      const Tensor d_input = store(layer.w_ih ? Path<Cell>::input_gradient(layer, g.d_x_gates) : g.d_x_gates);
       r.input = a.batch_sizes ? d_input : torch::stable::reshape(d_input, {layer.T, layer.B, layer.I});
     }
     if (need_weights) {
-      const ScalarType compute = g.d_x_gates.scalar_type();
-      const Tensor d_x_gates_t = transposed(g.d_x_gates);
-      if (layer.w_ih) r.w_ih = store(mm(d_x_gates_t, flat(layer.input, layer.N)));
-      const Tensor output = to_dtype(saved.output, compute);
-      r.w_hh = store(mm(C::kGateGradsDiffer ? transposed(g.d_h_gates) : d_x_gates_t, layer.h_before(output)));
-      if (a.b_ih) r.b_ih = store(sum_rows(g.d_x_gates));
-      if (a.b_hh) r.b_hh = store(sum_rows(g.d_h_gates));
-      if (layer.w_hr) r.w_hr = store(mm(transposed(*g.d_projected), to_dtype(*saved.saved_m, compute)));
+      const auto store_both = [&](const WeightAndBias& d, MaybeTensor& weight, MaybeTensor& bias) {
+        if (d.weight) weight = store(*d.weight);
+        if (d.bias) bias = store(*d.bias);
+      };
+      using P = Path<Cell>;
+      store_both(P::input_weight_gradient(layer, g, a.b_ih.has_value()), r.w_ih, r.b_ih);
+      store_both(P::recurrent_weight_gradient(layer, g, saved, a.b_hh.has_value()), r.w_hh, r.b_hh);
+      if (layer.w_hr) r.w_hr = store(P::projection_gradient(layer, g, saved));
     }
     r.h0 = store(g.d_h0);
     if (g.d_c0) r.c0 = store(*g.d_c0);

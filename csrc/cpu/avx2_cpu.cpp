@@ -14,6 +14,7 @@
 
 #include "../kernels.h"
 #include "../plan.h"
+#include "scratch.h"
 #include "team.h"
 
 // Only what follows may use the instructions: a standard header compiled with them could end up in the portable build.
@@ -28,6 +29,7 @@
 // tile.h comes first
 #include "backward.h"
 #include "forward.h"
+#include "gradients.h"
 #include "launch.h"
 
 #if defined(__clang__)

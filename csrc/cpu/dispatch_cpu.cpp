@@ -11,40 +11,51 @@ namespace fastrnn {
   void sequence_forward(const SequenceForward<scalar_t>&, const ThreadPool&);   \
   template <template <typename> class Cell, typename scalar_t>                  \
   void sequence_backward(const SequenceBackward<scalar_t>&, const ThreadPool&); \
+  template <typename scalar_t>                                                  \
+  void input_gradient(const InputGradient<scalar_t>&, const ThreadPool&);       \
+  template <typename scalar_t>                                                  \
+  void weight_gradient(const WeightGradient<scalar_t>&, const ThreadPool&);     \
   }
 FASTRNN_DECLARE(portable)
 FASTRNN_DECLARE(avx2)
 FASTRNN_DECLARE(avx512)
 #undef FASTRNN_DECLARE
 
+#if defined(__x86_64__)
+#define FASTRNN_DISPATCH(function)        \
+  switch (best_isa()) {                   \
+    case Isa::avx512:                     \
+      return avx512::function(p, pool);   \
+    case Isa::avx2:                       \
+      return avx2::function(p, pool);     \
+    default:                              \
+      return portable::function(p, pool); \
+  }
+#else
+#define FASTRNN_DISPATCH(function) return portable::function(p, pool);
+#endif
+
 template <template <typename> class Cell, typename scalar_t>
 void sequence_forward_cpu(const SequenceForward<scalar_t>& p, const ThreadPool& pool) {
-  switch (best_isa()) {
-#if defined(__x86_64__)
-    case Isa::avx512:
-      return avx512::sequence_forward<Cell>(p, pool);
-    case Isa::avx2:
-      return avx2::sequence_forward<Cell>(p, pool);
-#endif
-    default:
-      return portable::sequence_forward<Cell>(p, pool);
-  }
+  FASTRNN_DISPATCH(sequence_forward<Cell>)
 }
-
 template <template <typename> class Cell, typename scalar_t>
 void sequence_backward_cpu(const SequenceBackward<scalar_t>& p, const ThreadPool& pool) {
-  switch (best_isa()) {
-#if defined(__x86_64__)
-    case Isa::avx512:
-      return avx512::sequence_backward<Cell>(p, pool);
-    case Isa::avx2:
-      return avx2::sequence_backward<Cell>(p, pool);
-#endif
-    default:
-      return portable::sequence_backward<Cell>(p, pool);
-  }
+  FASTRNN_DISPATCH(sequence_backward<Cell>)
+}
+template <typename scalar_t>
+void input_gradient_cpu(const InputGradient<scalar_t>& p, const ThreadPool& pool) {
+  FASTRNN_DISPATCH(input_gradient)
+}
+template <typename scalar_t>
+void weight_gradient_cpu(const WeightGradient<scalar_t>& p, const ThreadPool& pool) {
+  FASTRNN_DISPATCH(weight_gradient)
 }
 
+template void input_gradient_cpu(const InputGradient<float>&, const ThreadPool&);
+template void input_gradient_cpu(const InputGradient<double>&, const ThreadPool&);
+template void weight_gradient_cpu(const WeightGradient<float>&, const ThreadPool&);
+template void weight_gradient_cpu(const WeightGradient<double>&, const ThreadPool&);
 #define FASTRNN_INSTANTIATE(name, Cell)                                                         \
   template void sequence_forward_cpu<Cell>(const SequenceForward<float>&, const ThreadPool&);   \
   template void sequence_forward_cpu<Cell>(const SequenceForward<double>&, const ThreadPool&);  \
@@ -52,5 +63,6 @@ void sequence_backward_cpu(const SequenceBackward<scalar_t>& p, const ThreadPool
   template void sequence_backward_cpu<Cell>(const SequenceBackward<double>&, const ThreadPool&);
 FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE)
 #undef FASTRNN_INSTANTIATE
+#undef FASTRNN_DISPATCH
 
 }  // namespace fastrnn

@@ -11,7 +11,15 @@ template <template <typename> class Cell, typename scalar_t>
 void sequence_backward(const SequenceBackward<scalar_t>& p, const ThreadPool& pool) {
   Backward<Cell, scalar_t>(p, pool).run();
 }
+template <typename scalar_t>
+void weight_gradient(const WeightGradient<scalar_t>& p, const ThreadPool& pool) {
+  WeightGradients<scalar_t>(p, pool).run();
+}
 
+template void input_gradient(const InputGradient<float>&, const ThreadPool&);
+template void input_gradient(const InputGradient<double>&, const ThreadPool&);
+template void weight_gradient(const WeightGradient<float>&, const ThreadPool&);
+template void weight_gradient(const WeightGradient<double>&, const ThreadPool&);
 #define FASTRNN_INSTANTIATE(name, Cell)                                                     \
   template void sequence_forward<Cell>(const SequenceForward<float>&, const ThreadPool&);   \
   template void sequence_forward<Cell>(const SequenceForward<double>&, const ThreadPool&);  \

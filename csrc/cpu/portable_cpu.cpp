@@ -7,6 +7,7 @@
 
 #include "../kernels.h"
 #include "../plan.h"
+#include "scratch.h"
 #include "team.h"
 
 #define FASTRNN_ISA portable
@@ -21,4 +22,5 @@
 // tile.h comes first
 #include "backward.h"
 #include "forward.h"
+#include "gradients.h"
 #include "launch.h"

@@ -1,13 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the threads of one launch share: aligned scratch memory, and a barrier for those that split the hidden units.
+// How the threads of one launch share its work: ranges of rows, and a barrier for those that split the hidden units.
 #pragma once
 
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -18,25 +15,6 @@
 #include "../kernels.h"
 
 namespace fastrnn {
-
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t count) {
-    constexpr size_t kAlign = 64;  // a cache line, and the widest vector
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
-    data_.reset(static_cast<T*>(std::aligned_alloc(kAlign, bytes > 0 ? bytes : kAlign)));
-    if (!data_) throw std::bad_alloc();
-  }
-  T* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 inline constexpr ThreadPool kOneThread = {
     [](int64_t count, ThreadPool::Body body, void* context) { body(0, count, context); }, 1};

@@ -61,24 +61,48 @@ struct PanelShape {
   static int64_t panels(int64_t units) { return (units + kBlock - 1) / kBlock; }
 };
 
+// Transposes a square of vectors: swaps the two off-diagonal quarters of ever smaller squares along the diagonal.
+template <typename T, int kHalf, bool kUpper, size_t... lane>
+FASTRNN_HD Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
+  constexpr size_t kW = kWidth<T>;
+  return __builtin_shufflevector(a, b,
+                                 (lane & kHalf ? kW + lane - (kUpper ? 0 : kHalf) : lane + (kUpper ? kHalf : 0))...);
+}
+template <typename T, int kHalf = kWidth<T> / 2>
+FASTRNN_HD void transpose(Vec<T> (&square)[kWidth<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth<T>; ++i) {
+    if (i & kHalf) continue;
+    const Vec<T> a = square[i], b = square[i + kHalf];
+    square[i] = interleave<T, kHalf, false>(a, b, std::make_index_sequence<kWidth<T>>());
+    square[i + kHalf] = interleave<T, kHalf, true>(a, b, std::make_index_sequence<kWidth<T>>());
+  }
+  if constexpr (kHalf > 1) transpose<T, kHalf / 2>(square);
+}
+
 // Packs the panels [begin, end) of w [G*units, K], so that a product reads them front to back: [panel][K][G][kBlock],
 // with zeros past the last unit.
 template <typename T, int kGates>
 void pack_gates(const T* w, int64_t units, int64_t K, int64_t begin, int64_t end, T* packed) {
   using Shape = PanelShape<T, kGates>;
-  constexpr int64_t kStrip = 16;  // columns of w per pass: the strip of the panel stays in L1
+  constexpr int kW = kWidth<T>;
   for (int64_t panel = begin; panel < end; ++panel) {
     T* to = packed + panel * K * Shape::kColumns;
-    const int64_t first = panel * Shape::kBlock;
-    const int64_t here = std::min<int64_t>(Shape::kBlock, units - first);
-    if (here < Shape::kBlock) std::fill(to, to + K * Shape::kColumns, T(0));
-    for (int64_t k0 = 0; k0 < K; k0 += kStrip) {
-      const int64_t k1 = std::min(K, k0 + kStrip);
-      for (int64_t g = 0; g < kGates; ++g) {
-        for (int64_t j = 0; j < here; ++j) {
-          const T* row = w + (g * units + first + j) * K;
-          for (int64_t k = k0; k < k1; ++k) to[(k * kGates + g) * Shape::kBlock + j] = row[k];
-        }
+    for (int64_t column = 0; column < Shape::kColumns; column += kW) {
+      const int64_t g = column / Shape::kBlock, unit = panel * Shape::kBlock + column % Shape::kBlock;
+      const int64_t here = std::clamp<int64_t>(units - unit, 0, kW);
+      const T* from = w + (g * units + unit) * K;
+      int64_t k = 0;
+      for (; here == kW && k + kW <= K; k += kW) {
+        Vec<T> square[kW];
+#pragma GCC unroll 16
+        for (int j = 0; j < kW; ++j) square[j] = load(from + j * K + k);
+        transpose<T>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kW; ++i) store(to + (k + i) * Shape::kColumns + column, square[i]);
+      }
+      for (; k < K; ++k) {
+        for (int64_t j = 0; j < kW; ++j) to[k * Shape::kColumns + column + j] = j < here ? from[j * K + k] : T(0);
       }
     }
   }
