@@ -82,7 +82,8 @@ def call_autocast(
 
     carried = torch.promote_types(dtype, input.dtype if states is None else states[-1].dtype)
     states = states if states is None else [cast(state) for state in states]
-    results = run(cast(input), [cast(weight) for weight in weights], states)
+    with torch.autocast(device, enabled=False):  # the products inside an op are none of autocast's business
+        results = run(cast(input), [cast(weight) for weight in weights], states)
     if device != "cpu" or results[0].dtype != dtype:
         return results
     return [result.to(carried) if promote else result for result, promote in zip(results, promotes, strict=True)]
