@@ -8,9 +8,11 @@
 #if defined(__SANITIZE_ADDRESS__)
 #define FASTRNN_EMULATION_ASAN
 #endif
-#if !defined(__x86_64__) || defined(FASTRNN_EMULATION_PORTABLE_SWITCH)
+#if !defined(__x86_64__) && !defined(FASTRNN_EMULATION_UCONTEXT)
+#define FASTRNN_EMULATION_UCONTEXT  // a system call per switch, but every processor
+#endif
+#ifdef FASTRNN_EMULATION_UCONTEXT
 #include <ucontext.h>
-#define FASTRNN_EMULATION_UCONTEXT
 #endif
 
 namespace fastrnn::emulation {

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What each kernel of probes.cu must give, stated in numpy from the definitions of CUDA and of the PTX ISA."""
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,30 +160,22 @@ def draw_integers(kind: str) -> Callable[[np.random.Generator], Words]:
 
 def multiplied(kind: str) -> Callable[[Words], Words]:
     def multiply(value: Words) -> Words:
-        k = 8 if kind == "tf32" else 16
-        a, b, c = value[:128].reshape(32, 4), value[128:192].reshape(32, 2), value[192:].reshape(32, 4)
-        # A row of A is a row of words: one value each of tf32, two of the 16-bit types. The same for a column of B.
-        A, B, C = np.empty((16, 8), np.uint32), np.empty((8, 8), np.uint32), np.empty((16, 8), np.float32)
-        if kind == "tf32":
-            quarter = [(0, 0), (8, 0), (0, 4), (8, 4)]
-        else:
-            quarter = [(0, 0), (8, 0), (0, 4), (8, 4)]
+        a, b, c = value[:128].reshape(32, 4), value[128:192].reshape(32, 2), floats(value[192:]).reshape(32, 4)
+        # In words the layouts of all types agree: a row of A, or a column of B, is 8 words, of one or two values each.
+        A, B = np.empty((16, 8), np.uint32), np.empty((8, 8), np.uint32)
+        C, D = np.empty((16, 8), np.float32), np.empty((32, 4), np.float32)
         for lane in lanes:
             g, t = divmod(lane, 4)
-            for i, (row, column) in enumerate(quarter):
-                A[g + row, t + column] = a[lane, i]
+            A[g, t], A[g + 8, t], A[g, t + 4], A[g + 8, t + 4] = a[lane]
             B[g, t], B[g, t + 4] = b[lane]
-            C[g, 2 * t : 2 * t + 2], C[g + 8, 2 * t : 2 * t + 2] = floats(c[lane])[:2], floats(c[lane])[2:]
-        left, right = (decoded(kind, matrix).reshape(-1, k) for matrix in (A, B))
-        D = (C + left @ right.T).astype(np.float32)
-        out = [[D[g, 2 * t], D[g, 2 * t + 1], D[g + 8, 2 * t], D[g + 8, 2 * t + 1]] for g, t in map(split, lanes)]
-        return words(np.array(out, np.float32))
+            C[g, 2 * t : 2 * t + 2], C[g + 8, 2 * t : 2 * t + 2] = c[lane, :2], c[lane, 2:]
+        product = C + decoded(kind, A) @ decoded(kind, B).T
+        for lane in lanes:
+            g, t = divmod(lane, 4)
+            D[lane] = [*product[g, 2 * t : 2 * t + 2], *product[g + 8, 2 * t : 2 * t + 2]]
+        return words(D)
 
     return multiply
-
-
-def split(lane: int) -> tuple[int, int]:
-    return divmod(lane, 4)
 
 
 def decoded(kind: str, matrix: Words) -> np.ndarray:
@@ -256,35 +246,6 @@ PROBES = {
     "rounding": Probe(draw_floats, rounded),
     "tanh_approximate": Probe(draw_tanh, lambda value: words(np.tanh(floats(value))), tolerance=2**-11),
 }
-
-
-class Library:
-    """The probes, compiled for a device or for the emulation."""
-
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.fastrnn_probe_name.restype = ctypes.c_char_p
-        self.library.fastrnn_probe_run.restype = ctypes.c_char_p
-        self.library.fastrnn_probe_run.argtypes = [ctypes.c_uint, *[ctypes.c_void_p] * 3]
-        self.names: list[str] = []
-        while name := self.library.fastrnn_probe_name(len(self.names)):
-            self.names.append(name.decode())
-
-    def run(self, name: str, value: int, out: int, stream: int = 0) -> None:
-        """Runs a probe on addresses of the device's memory.
-
-        Raises:
-            RuntimeError: when the launch fails.
-        """
-        error = self.library.fastrnn_probe_run(self.names.index(name), value, out, stream)
-        if error:
-            raise RuntimeError(error.decode())
-
-    def run_emulated(self, name: str, value: Words, expected: int) -> Words:
-        out = np.zeros(expected + PROBES[name].scratch + 4, np.uint32)
-        aligned = out[-out.ctypes.data // 4 % 4 :]  # numpy promises no alignment
-        self.run(name, value.ctypes.data, aligned.ctypes.data)
-        return aligned[:expected]
 
 
 def check(probe: Probe, got: Words, expected: Words) -> None:

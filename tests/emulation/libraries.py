@@ -2,7 +2,7 @@
 """Builds the CUDA kernels for the CPU: test-only libraries in which every CUDA thread is emulated.
 
     ops      the operators of fastrnn, their CUDA kernels emulated under the CPU key: run anything on it with
-             FASTRNN_LIBRARY=$(python tests/emulation/build.py ops) python ...
+             FASTRNN_LIBRARY=$(python tests/emulation/libraries.py ops) python ...
     kernels  the probes and demonstration kernels of this folder, for ctypes
 
 Needs a C++17 compiler for Linux and CUDA's headers: a toolkit, or `pip install nvidia-cuda-runtime nvidia-cuda-crt
@@ -18,6 +18,7 @@ import site
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from ninja import ninja_syntax
 
@@ -32,10 +33,23 @@ RUNTIME = [FOLDER / f"{name}.cpp" for name in ("fiber", "scheduler", "synchroniz
 # -O1: what runs is mostly the emulation, and reports name the right lines.
 FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", f"-I{FOLDER}", f"-I{ROOT}/csrc"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SANITIZERS = {
-    "": ([], []),
-    "address": (["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], ["libasan.so", "libubsan.so"]),
-    "thread": (["-fsanitize=thread"], ["libtsan.so"]),
+
+
+class Variant(NamedTuple):
+    """How a library is compiled: flags of the kernels, of the runtime, and what must be loaded before Python."""
+
+    kernels: list[str]
+    runtime: list[str]
+    preload: list[str]
+
+
+ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+VARIANTS = {
+    "": Variant([], [], []),
+    "address": Variant(ADDRESS, ADDRESS, ["libasan.so", "libubsan.so"]),
+    # ThreadSanitizer must not see what the runtime itself reads and writes.
+    "thread": Variant(["-fsanitize=thread"], ["-DFASTRNN_EMULATION_TSAN"], ["libtsan.so"]),
+    "ucontext": Variant([], ["-DFASTRNN_EMULATION_UCONTEXT"], []),  # as on machines other than x86-64
 }
 # What setup.py's flags mean for the kernels: torch's own builds switch these operators off.
 KERNEL_FLAGS = ["-DFASTRNN_EMULATE", "-DFASTRNN_WITH_CUDA"]
@@ -67,12 +81,12 @@ def cuda_headers() -> Path:
     raise Unavailable(f"the emulation of CUDA needs CUDA's headers: set CUDA_HOME or pip install {packages}")
 
 
-def environment(sanitizer: str) -> dict[str, str]:
-    """What a Python process needs in its environment to load a library that was built with a sanitizer."""
-    _, runtimes = SANITIZERS[sanitizer]
-    if not runtimes:
+def environment(variant: str) -> dict[str, str]:
+    """What a Python process needs in its environment to load a library of a variant."""
+    if not VARIANTS[variant].preload:
         return {}
-    found = [subprocess.check_output([compiler(), f"-print-file-name={name}"], text=True).strip() for name in runtimes]
+    asked = ([compiler(), f"-print-file-name={name}"] for name in VARIANTS[variant].preload)
+    found = [subprocess.check_output(question, text=True).strip() for question in asked]
     if missing := [name for name in found if not os.path.isabs(name)]:
         raise Unavailable(f"the compiler has no {missing[0]}")
     return {
@@ -84,20 +98,20 @@ def environment(sanitizer: str) -> dict[str, str]:
     }
 
 
-def build(library: str, sanitizer: str = "") -> Path:
+def build(library: str, variant: str = "") -> Path:
     """Compiles what has changed since the last call and returns the library.
 
     Raises:
         Unavailable: without a compiler or CUDA's headers.
         RuntimeError: when the compiler fails.
     """
-    folder = ROOT / "build" / "emulation" / "-".join(filter(None, (library, sanitizer)))
+    folder = ROOT / "build" / "emulation" / "-".join(filter(None, (library, variant)))
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"lib{library}.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(folder / "build.ninja", "w") as file:
-            _write_ninja_file(file, library, sanitizer, target)
+            _write_ninja_file(file, library, VARIANTS[variant], target)
         ninja = [sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)]
         unsanitized = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         done = subprocess.run(ninja, capture_output=True, text=True, env=unsanitized)
@@ -106,13 +120,10 @@ def build(library: str, sanitizer: str = "") -> Path:
     return target
 
 
-def _write_ninja_file(file, library: str, sanitizer: str, target: Path) -> None:
-    kernel_flags = [*KERNEL_FLAGS, *SANITIZERS[sanitizer][0]]
-    # ThreadSanitizer must not see the runtime's own accesses, AddressSanitizer may.
-    runtime_flags = ["-DFASTRNN_EMULATION_TSAN"] if sanitizer == "thread" else SANITIZERS[sanitizer][0]
-    libraries = list(SANITIZERS[sanitizer][0])
-    headers = [cuda_headers(), *(cuda_headers() / name for name in ("cccl",))]
-    kernel_flags += [word for path in headers for word in ("-isystem", str(path))]
+def _write_ninja_file(file, library: str, variant: Variant, target: Path) -> None:
+    kernel_flags = [*KERNEL_FLAGS, *variant.kernels]
+    libraries = list(variant.kernels)
+    kernel_flags += ["-isystem", str(cuda_headers())]
     if library == "ops":
         from torch.utils import cpp_extension
 
@@ -129,7 +140,7 @@ def _write_ninja_file(file, library: str, sanitizer: str, target: Path) -> None:
     ninja.rule("link", f"{text(compiler())} -shared $in -o $out $libraries")
     objects = []
     for source in RUNTIME:
-        objects += ninja.build(f"{source.name}.o", "cxx", str(source), variables={"flags": text(*runtime_flags)})
+        objects += ninja.build(f"{source.name}.o", "cxx", str(source), variables={"flags": text(*variant.runtime)})
     for source in LIBRARIES[library]:
         language = ["-x", "c++", "-include", "cuda_language.h"] if source.suffix == ".cu" else []
         flags = text(*kernel_flags, *language)
@@ -140,6 +151,6 @@ def _write_ninja_file(file, library: str, sanitizer: str, target: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", choices=LIBRARIES)
-    parser.add_argument("--sanitizer", choices=[name for name in SANITIZERS if name], default="")
+    parser.add_argument("--variant", choices=VARIANTS, default="", help="a sanitizer, or ucontext; see VARIANTS")
     arguments = parser.parse_args()
-    print(build(arguments.library, arguments.sanitizer))
+    print(build(arguments.library, arguments.variant))

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CUDA kernels, run on the CPU: their operators, every wrapper of device.cuh, and faults that must be found.
+
+The kernels' own sources are compiled with the emulation of tests/emulation, where a CUDA thread is a fiber, and a seed
+and a schedule decide who runs when. See CONTRIBUTING.md, "CUDA kernels without a GPU".
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "emulation"
+sys.path.insert(0, str(FOLDER))
+
+import libraries  # noqa: E402
+import run  # noqa: E402
+from probes import PROBES  # noqa: E402
+
+extended = pytest.mark.extended
+SCHEDULES = ("round_robin", "random", "priority")
+SEEDS = (0, 1, 2)
+WAYS = [f"{way}/kNone" for way in ("kGridBarrier", "kGridFences", "kClusterBarrier", "kMbarrier", "kBulkCopy")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def toolchain():
+    try:
+        libraries.compiler(), libraries.cuda_headers()
+    except libraries.Unavailable as reason:
+        pytest.skip(f"the emulated CUDA kernels are left out: {reason}")
+
+
+@pytest.fixture(scope="session")
+def emulated(toolchain) -> run.Emulated:
+    return run.Emulated()
+
+
+def start(*command: str | Path, variant: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python on a command, in an environment of its own: sanitizers must be there from the start."""
+    environment = os.environ | libraries.environment(variant) | environment
+    return subprocess.run([sys.executable, *command], env=environment, text=True, capture_output=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The operators
+
+
+@pytest.mark.parametrize(
+    ("schedule", "seed", "variant", "selection"),
+    [
+        ("priority", 1, "", ""),
+        ("random", 2, "address", "T5-B3 or T4-B5"),
+        pytest.param("random", 3, "", "", marks=extended),
+        pytest.param("round_robin", 4, "", "", marks=extended),
+        pytest.param("priority", 5, "address", "", marks=extended),
+        pytest.param("priority", 6, "thread", "T5-B3 or T4-B5", marks=extended),
+    ],
+)
+def test_operators(schedule, seed, variant, selection):
+    """The operators' parity tests, with the emulated CUDA kernels in place of the CPU's."""
+    done = start(
+        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", FOLDER / "ops.py", "-k", selection),
+        variant=variant,
+        FASTRNN_LIBRARY=str(libraries.build("ops", variant)),
+        FASTRNN_EMULATION_SCHEDULE=schedule,
+        FASTRNN_EMULATION_SEED=str(seed),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Sanitizer" not in done.stderr
+
+
+@extended
+def test_more_rows_than_a_grid_has(emulated):
+    """The grid's second dimension ends at 65535: beyond it a block takes several groups of rows."""
+    program = """if True:
+        import torch
+        from fastrnn import ops
+        rows = 65535 * 128 + 5
+        x_gates, zero = torch.randn(1, rows, 1), torch.zeros(rows, 1)
+        output, _ = ops.rnn_layer(x_gates, None, torch.ones(1, 1), None, None, zero, nonlinearity="relu")
+        torch.testing.assert_close(output, x_gates.relu(), rtol=0, atol=0)
+    """
+    done = start("-c", program, FASTRNN_LIBRARY=str(libraries.build("ops")))
+    assert done.returncode == 0, done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The wrappers
+
+
+def test_every_wrapper_has_a_probe(emulated):
+    assert set(emulated.probes) == set(PROBES)
+    source = (FOLDER / "probes.cu").read_text() + (FOLDER / "demonstration.cu").read_text()
+    device = (FOLDER.parents[1] / "csrc/cuda/device.cuh").read_text().split("#ifdef FASTRNN_EMULATE")[1]
+    declared = [line.split("(")[0].split()[-1].lstrip("*") for line in device.splitlines() if "__device__" in line]
+    wrappers = {name for name in declared if name not in ("__forceinline__", "shared_address")}
+    assert len(wrappers) > 30
+    assert [name for name in sorted(wrappers) if f"{name}(" not in source and f"{name}<" not in source] == []
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", [*PROBES, *WAYS])
+def test_kernels_on_the_emulation(emulated, name, schedule):
+    for seed in SEEDS:
+        emulated.configure(seed, schedule)
+        emulated.run(name, seed)
+
+
+@pytest.mark.parametrize("variant", ["address", "thread", pytest.param("ucontext", marks=extended)])
+def test_kernels_of_a_variant(variant):
+    """No report on kernels that are right; and no difference where threads are switched as on other processors."""
+    done = start(FOLDER / "run.py", "--variant", variant, "--seeds", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Sanitizer" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults that must be found
+
+
+WRONG = "wrong results"
+FAULTS = {  # what the emulation says in one of nine runs; None: nothing, it takes a sanitizer
+    "kGridBarrier/kNoCopyWait": WRONG,
+    "kGridBarrier/kNoBarrierAfterCopy": WRONG,
+    "kGridBarrier/kNoBarrierBeforeSum": WRONG,
+    "kGridBarrier/kNoBarrierBetweenSteps": WRONG,
+    "kGridBarrier/kRelaxedArrival": None,
+    "kGridFences/kNoFence": None,
+    "kGridBarrier/kSingleBuffer": WRONG,
+    "kGridBarrier/kSwappedFragment": WRONG,
+    "kGridBarrier/kOverrun": "writes past the end of the array",
+    "kGridBarrier/kDivergentBarrier": "threads of one block meet in different barriers",
+    "kGridBarrier/kMissingLane": "deadlock",
+    "kGridBarrier/kTooLittleShared": "the launch gave",
+    "kClusterBarrier/kNoBarrierBetweenSteps": WRONG,
+    "kClusterBarrier/kSingleBuffer": WRONG,
+    "kMbarrier/kNoInitBarrier": "no mbarrier was initialised",
+    "kMbarrier/kNarrowWait": None,
+    "kMbarrier/kEarlyExit": "block that has exited",
+    "kBulkCopy/kNoProxyFence": None,
+    "kBulkCopy/kSingleBuffer": WRONG,
+    "kBulkCopy/kWrongBytes": "deadlock",
+    "kBulkCopy/kEarlyExit": "a block exits while a copy out of its shared memory is in flight",
+}
+RACES = [
+    "kGridBarrier/kRelaxedArrival",
+    "kGridFences/kNoFence",
+    "kMbarrier/kNarrowWait",
+    "kBulkCopy/kNoProxyFence",
+    *(
+        pytest.param(name, marks=extended)
+        for name in (
+            "kGridBarrier/kNoCopyWait",
+            "kGridBarrier/kNoBarrierAfterCopy",
+            "kGridBarrier/kNoBarrierBeforeSum",
+            "kGridBarrier/kNoBarrierBetweenSteps",
+            "kGridBarrier/kSingleBuffer",
+            "kClusterBarrier/kNoBarrierBetweenSteps",
+            "kClusterBarrier/kSingleBuffer",
+            "kBulkCopy/kSingleBuffer",
+        )
+    ),
+]
+
+
+def test_every_fault_has_a_detector(emulated):
+    assert set(FAULTS) | set(WAYS) == set(emulated.layers) - {"kGridBarrier/kNotCooperative"}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found_by_running(emulated, name):
+    found = []
+    for seed in SEEDS:
+        for schedule in SCHEDULES:
+            emulated.configure(seed, schedule)
+            try:
+                emulated.run(name)
+            except AssertionError:
+                found.append(WRONG)
+            except RuntimeError as error:
+                found.append(str(error))
+    if FAULTS[name] is None:
+        assert not found, "this fault shows without a sanitizer after all: say so in the table"
+    else:
+        assert any(FAULTS[name] in what for what in found), found
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_races_are_found_by_thread_sanitizer(name):
+    done = start(FOLDER / "run.py", name, "--variant", "thread", "--seeds", "1")
+    assert done.returncode == 66, done.stdout + done.stderr
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr
+    assert "demonstration.cu" in done.stderr
+
+
+def test_overruns_are_found_by_address_sanitizer():
+    done = start(FOLDER / "run.py", "kGridBarrier/kOverrun", "--variant", "address", "--seeds", "1")
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    assert "demonstration.cu" in done.stderr
+
+
+def test_launches_that_a_device_refuses(emulated):
+    """What fits on one device does not fit on another; blocks that wait for each other must all be resident."""
+
+    def error(name, **settings):
+        emulated.configure(0, "random", **settings)
+        with pytest.raises(RuntimeError) as caught:
+            emulated.run(name)
+        return str(caught.value)
+
+    assert "cooperative launch of 4 blocks, 3 fit" in error("kGridBarrier/kNone", resident_blocks=3)
+    assert "no progress" in error("kGridBarrier/kNotCooperative", resident_blocks=3)
+    assert "cluster of 4 blocks, the device allows 1" in error("kMbarrier/kNone", device="a100")
