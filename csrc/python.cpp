@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// fastrnn._C: what Python cannot know by itself, the facts of this build and of the processor. It holds no op, so it
-// needs no torch. setup.py defines the FASTRNN_* strings.
+// fastrnn._C: what Python cannot know by itself, the facts of this build and of the processor and the plan of a layer.
+// It holds no op, so it needs no torch. setup.py defines the FASTRNN_* strings.
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#include "plan.h"
 
 #ifdef __clang__
 #define FASTRNN_COMPILER __VERSION__
@@ -25,5 +26,19 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_version") = py::none();
   module.attr("cuda_archs") = py::none();
 #endif
+
   module.def("isa", [] { return fastrnn::isa_name(fastrnn::best_isa()); });
+
+  py::class_<fastrnn::CpuPlan>(module, "CpuPlan")
+      .def_property_readonly(
+          "split", [](const fastrnn::CpuPlan& plan) { return plan.split == fastrnn::Split::rows ? "rows" : "units"; })
+      .def_readonly("threads", &fastrnn::CpuPlan::threads)
+      .def_readonly("reason", &fastrnn::CpuPlan::reason);
+  module.def(
+      "plan_cpu",
+      [](int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int gates, int threads) {
+        return fastrnn::plan_cpu({T, B, I, H, P, gates, threads});
+      },
+      py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("gates"),
+      py::arg("threads"));
 }

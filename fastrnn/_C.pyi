@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The facts of this build and of the processor."""
+"""The facts of this build and of the processor, and the plan of a layer."""
+
+from typing import Literal
 
 version: str
 """Version of fastrnn that was compiled."""
@@ -7,8 +9,7 @@ version: str
 compiler: str
 """Name and version of the C++ compiler."""
 
-build_type: str
-"""`release` or `debug`."""
+build_type: Literal["release", "debug"]
 
 torch_target: str
 """The oldest torch that the ops library loads into."""
@@ -19,5 +20,23 @@ cuda_version: str | None
 cuda_archs: str | None
 """GPU architectures that the kernels were compiled for, in torch's syntax, None without CUDA."""
 
-def isa() -> str:
-    """Instruction set that the CPU kernels run with: `portable`, `avx2` or `avx512`."""
+def isa() -> Literal["portable", "avx2", "avx512"]:
+    """Instruction set that the CPU kernels run with."""
+
+class CpuPlan:
+    """How the threads of the CPU share a layer, and why."""
+
+    @property
+    def split(self) -> Literal["rows", "units"]:
+        """A thread owns rows of the batch, or hidden units."""
+
+    @property
+    def threads(self) -> int:
+        """How many threads run."""
+
+    @property
+    def reason(self) -> str:
+        """Why, in a few words."""
+
+def plan_cpu(*, T: int, B: int, I: int, H: int, P: int, gates: int, threads: int) -> CpuPlan:
+    """The plan for a layer of these sizes, where torch may use `threads` threads. P is H without a projection."""
