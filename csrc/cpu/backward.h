@@ -47,16 +47,27 @@ class Backward {
     int64_t row_begin, row_end, panel_begin, panel_end;
   };
 
+  // The weights of few rows stay where they are, but for a last panel that is not full.
   void pack() {
-    const int64_t G_H = Cell::kGates * p_.H;
-    const int64_t panels = Panel::panels(p_.P);
-    packed_hh_ = Buffer<T>(panels * G_H * Panel::kColumns);
-    in_parallel(plan_.threads > 1 ? pool_ : kOneThread, panels,
-                [&](int64_t begin, int64_t end) { pack_columns(p_.w_hh, p_.P, G_H, begin, end, packed_hh_.get()); });
-    if (p_.w_hr) {
-      packed_hr_ = Buffer<T>(panels_ * p_.P * Panel::kColumns);
-      pack_columns(p_.w_hr, p_.H, p_.P, 0, panels_, packed_hr_.get());
-    }
+    const bool all = p_.steps.row_begin[p_.steps.T] >= kRowsWorthPacking;
+    hh_ = pack_matrix(p_.w_hh, p_.P, Cell::kGates * p_.H, all);
+    if (p_.w_hr) hr_ = pack_matrix(p_.w_hr, p_.H, p_.P, all);
+  }
+
+  // A weight [K, columns], and the panels of it that have been packed.
+  struct Matrix {
+    const T* w;
+    int64_t columns, K, first_packed;
+    Buffer<T> packed;  // [panels, K, kBlock]
+  };
+
+  Matrix pack_matrix(const T* w, int64_t columns, int64_t K, bool all) const {
+    const int64_t first = all ? 0 : columns / Panel::kBlock, last = Panel::panels(columns);
+    Matrix matrix{w, columns, K, first, Buffer<T>((last - first) * K * Panel::kColumns)};
+    in_parallel(plan_.threads > 1 && all ? pool_ : kOneThread, last - first, [&](int64_t begin, int64_t end) {
+      pack_columns(w, columns, K, first + begin, first + end, matrix.packed.get() + begin * K * Panel::kColumns);
+    });
+    return matrix;
   }
 
   template <typename Barrier>
@@ -78,7 +89,7 @@ class Backward {
           for_each_tile(row_begin, row_end, kRows, [&](int64_t b, int count) {
             alignas(64) Tile d_h;
             if (p_.w_hr) {
-              rows_times(packed_hr_, panel, p_.d_projected, first_row + b, p_.P, count, d_h);
+              rows_times(hr_, panel, p_.d_projected, first_row + b, count, d_h);
             } else {
               output_gradient(panel, s, b, count, following, d_h);
             }
@@ -94,19 +105,24 @@ class Backward {
       for (int64_t panel = part.panel_begin; panel < h0_panel_end; ++panel) {
         for_each_tile(started, end, kRows, [&](int64_t b, int count) {
           alignas(64) Tile d_h;
-          rows_times(packed_hh_, panel, p_.d_h_gates, first_row + b, Cell::kGates * p_.H, count, d_h);
+          rows_times(hh_, panel, p_.d_h_gates, first_row + b, count, d_h);
           add_tile(panel, d_h, count, p_.d_h0 + b * p_.P);
         });
       }
     }
   }
 
-  // d_h [count, kBlock] = matrix rows [count, K] * panel.
-  static void rows_times(const Buffer<T>& packed, int64_t panel, const T* matrix, int64_t first_row, int64_t K,
-                         int count, T* out) {
+  // out [count, kBlock] = rows [count, K] of a matrix from first_row on * a panel.
+  static void rows_times(const Matrix& matrix, int64_t panel, const T* from, int64_t first_row, int count, T* out) {
     const T* rows[kMaxTileRows];
-    for (int r = 0; r < count; ++r) rows[r] = matrix + (first_row + r) * K;
-    product<T, Panel::kVectors>(count, K, rows, packed.get() + panel * K * Panel::kColumns, nullptr, out);
+    for (int r = 0; r < count; ++r) rows[r] = from + (first_row + r) * matrix.K;
+    if (panel >= matrix.first_packed) {
+      const T* packed = matrix.packed.get() + (panel - matrix.first_packed) * matrix.K * Panel::kColumns;
+      product<T, Panel::kVectors>(count, matrix.K, rows, packed, nullptr, out);
+    } else {
+      product<T, Panel::kVectors>(count, matrix.K, rows, matrix.w + panel * Panel::kBlock, matrix.columns, nullptr,
+                                  out);
+    }
   }
 
   void add_tile(int64_t panel, const T* tile, int count, T* to) const {  // to: [count, P]
@@ -122,7 +138,7 @@ class Backward {
   void output_gradient(int64_t panel, int64_t s, int64_t b, int count, bool following, T* d_h) const {
     if (following) {
       const int64_t next = p_.steps.row_begin[p_.steps.time(s + 1)];
-      rows_times(packed_hh_, panel, p_.d_h_gates, next + b, Cell::kGates * p_.H, count, d_h);
+      rows_times(hh_, panel, p_.d_h_gates, next + b, count, d_h);
     } else {
       std::fill(d_h, d_h + count * Panel::kColumns, T(0));
     }
@@ -211,8 +227,8 @@ class Backward {
   const ThreadPool& pool_;
   const CpuPlan plan_;
   const int64_t panels_;
-  Buffer<T> packed_hh_;  // [panels of P, G*H, kBlock]
-  Buffer<T> packed_hr_;  // [panels, P, kBlock]
+  Matrix hh_;  // [G*H, P]
+  Matrix hr_;  // [P, H]
 };
 
 }  // namespace fastrnn::FASTRNN_ISA

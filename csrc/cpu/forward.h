@@ -117,16 +117,31 @@ class Forward {
   }
 
   void pack() {
+    if (p_.steps.row_begin[p_.steps.T] < kRowsWorthPacking) return;
     packed_hh_ = Buffer<T>(panels_ * p_.P * Gates::kColumns);
     if (p_.w_ih) packed_ih_ = Buffer<T>(panels_ * p_.I * Gates::kColumns);
-    if (p_.w_hr) packed_hr_ = Buffer<T>(Projection::panels(p_.P) * p_.H * Projection::kColumns);
     bias_ih_ = pack_bias(p_.w_ih ? p_.b_ih : nullptr);
     bias_hh_ = pack_bias(p_.b_hh);
     in_parallel(plan_.threads > 1 ? pool_ : kOneThread, panels_, [&](int64_t begin, int64_t end) {
       pack_gates<T, Cell::kGates>(p_.w_hh, p_.H, p_.P, begin, end, packed_hh_.get());
       if (p_.w_ih) pack_gates<T, Cell::kGates>(p_.w_ih, p_.H, p_.I, begin, end, packed_ih_.get());
     });
-    if (p_.w_hr) pack_gates<T, 1>(p_.w_hr, p_.P, p_.H, 0, Projection::panels(p_.P), packed_hr_.get());
+    if (p_.w_hr) {
+      packed_hr_ = Buffer<T>(Projection::panels(p_.P) * p_.H * Projection::kColumns);
+      pack_gates<T, 1>(p_.w_hr, p_.P, p_.H, 0, Projection::panels(p_.P), packed_hr_.get());
+    }
+  }
+
+  // out [count, G*kBlock] = bias + rows * the panel of w [G*units, K], packed or not.
+  template <typename Shape>
+  static void times(const T* w, const T* bias, const Buffer<T>& packed, const Buffer<T>& packed_bias, int64_t units,
+                    int64_t K, int64_t panel, int count, const T* const* rows, T* out) {
+    if (packed.get()) {
+      product<T, Shape::kVectors>(count, K, rows, packed.get() + panel * K * Shape::kColumns,
+                                  packed_bias.get() ? packed_bias.get() + panel * Shape::kColumns : nullptr, out);
+    } else {
+      product_unpacked<T, Shape::kGates>(count, K, rows, w, bias, units, panel, out);
+    }
   }
 
   Buffer<T> pack_bias(const T* bias) const {
@@ -143,11 +158,10 @@ class Forward {
   };
 
   void input_gates(int64_t panel, const Chunk& chunk) const {
-    const T* weights = packed_ih_.get() + panel * p_.I * Gates::kColumns;
-    const T* bias = bias_ih_.get() ? bias_ih_.get() + panel * Gates::kColumns : nullptr;
     T* out = chunk.x_gates + panel * chunk.rows * Gates::kColumns;
     for_each_tile(0, chunk.rows, kTileRows<Gates::kVectors>, [&](int64_t first, int count) {
-      product<T, Gates::kVectors>(count, p_.I, chunk.input + first, weights, bias, out + first * Gates::kColumns);
+      times<Gates>(p_.w_ih, p_.b_ih, packed_ih_, bias_ih_, p_.H, p_.I, panel, count, chunk.input + first,
+                   out + first * Gates::kColumns);
     });
   }
 
@@ -163,8 +177,7 @@ class Forward {
       alignas(64) T h_gates[kRows * Gates::kColumns];
       const T* h_rows[kMaxTileRows];
       for (int r = 0; r < count; ++r) h_rows[r] = h_prev + (b + r) * p_.P;
-      product<T, Gates::kVectors>(count, p_.P, h_rows, packed_hh_.get() + panel * p_.P * Gates::kColumns,
-                                  bias_hh_.get() ? bias_hh_.get() + panel * Gates::kColumns : nullptr, h_gates);
+      times<Gates>(p_.w_hh, p_.b_hh, packed_hh_, bias_hh_, p_.H, p_.P, panel, count, h_rows, h_gates);
       for (int r = 0; r < count; ++r) {
         const T* x_gates = p_.w_ih ? chunk.x_gates + (panel * chunk.rows + chunk_row + r) * Gates::kColumns
                                    : chunk.input[chunk_row + r] + panel * Gates::kBlock;
@@ -217,8 +230,7 @@ class Forward {
         const T* rows[kMaxTileRows];
         for (int r = 0; r < count; ++r) rows[r] = m_.get() + (b0 + r) * p_.H;
         alignas(64) T h[kRows * Projection::kColumns];
-        product<T, Projection::kVectors>(count, p_.H, rows, packed_hr_.get() + panel * p_.H * Projection::kColumns,
-                                         nullptr, h);
+        times<Projection>(p_.w_hr, nullptr, packed_hr_, {}, p_.P, p_.H, panel, count, rows, h);
         for (int r = 0; r < count; ++r) {
           const T* from = h + r * Projection::kColumns;
           std::copy(from, from + std::min<int64_t>(Projection::kBlock, p_.P - j0),

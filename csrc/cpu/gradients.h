@@ -11,8 +11,9 @@ void input_gradient(const InputGradient<T>& p, const ThreadPool& pool) {
   constexpr int64_t kRowsPerBlock = 16 * kRows;
   const int64_t panels = Panel::panels(p.I);
   const Buffer<T> packed(panels * p.M * Panel::kColumns);
-  in_parallel(pool, panels,
-              [&](int64_t begin, int64_t end) { pack_columns(p.w_ih, p.I, p.M, begin, end, packed.get()); });
+  in_parallel(pool, panels, [&](int64_t begin, int64_t end) {
+    pack_columns(p.w_ih, p.I, p.M, begin, end, packed.get() + begin * p.M * Panel::kColumns);
+  });
   in_parallel(pool, (p.N + kRowsPerBlock - 1) / kRowsPerBlock, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t panel = 0; panel < panels; ++panel) {

@@ -108,12 +108,12 @@ void pack_gates(const T* w, int64_t units, int64_t K, int64_t begin, int64_t end
   }
 }
 
-// Packs the panels [begin, end) of w [K, units], for products with w itself: [panel][K][kBlock].
+// Packs the panels [begin, end) of w [K, units], for products with w itself: [panel - begin][K][kBlock].
 template <typename T>
 void pack_columns(const T* w, int64_t units, int64_t K, int64_t begin, int64_t end, T* packed) {
   using Shape = PanelShape<T, 1>;
   for (int64_t panel = begin; panel < end; ++panel) {
-    T* to = packed + panel * K * Shape::kBlock;
+    T* to = packed + (panel - begin) * K * Shape::kBlock;
     const int64_t first = panel * Shape::kBlock;
     const int64_t here = std::min<int64_t>(Shape::kBlock, units - first);
     for (int64_t k = 0; k < K; ++k) {
@@ -124,9 +124,10 @@ void pack_columns(const T* w, int64_t units, int64_t K, int64_t begin, int64_t e
   }
 }
 
-// out [kRows, kVectors*W] = start + rows [kRows, K] * panel [K, kVectors*W]. start: one row for all, or null for zero.
+// out [kRows, kVectors*W] = start + rows [kRows, K] * panel [K, kVectors*W], the rows of the panel `stride` apart.
+// start: one row for all, or null for zero.
 template <typename T, int kVectors, int kRows>
-void product_exact(int64_t K, const T* const* rows, const T* panel, const T* start, T* out) {
+void product_exact(int64_t K, const T* const* rows, const T* panel, int64_t stride, const T* start, T* out) {
   constexpr int kW = kWidth<T>;
   // Few sums would wait for each other: even and odd k get sums of their own.
   constexpr int kChains = kRows * kVectors >= 8 ? 1 : 2;
@@ -149,7 +150,7 @@ void product_exact(int64_t K, const T* const* rows, const T* panel, const T* sta
     for (int c = 0; c < kChains; ++c) {
       Vec<T> w[kVectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) w[v] = load(panel + ((k + c) * kVectors + v) * kW);
+      for (int v = 0; v < kVectors; ++v) w[v] = load(panel + (k + c) * stride + v * kW);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const Vec<T> x = broadcast<Vec<T>>(row[r][k + c]);
@@ -164,7 +165,7 @@ void product_exact(int64_t K, const T* const* rows, const T* panel, const T* sta
       for (int r = 0; r < kRows; ++r) {
         const Vec<T> x = broadcast<Vec<T>>(row[r][k]);
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sum[0][r][v] += x * load(panel + (k * kVectors + v) * kW);
+        for (int v = 0; v < kVectors; ++v) sum[0][r][v] += x * load(panel + k * stride + v * kW);
       }
     }
   }
@@ -179,11 +180,62 @@ void product_exact(int64_t K, const T* const* rows, const T* panel, const T* sta
 }
 
 template <typename T, int kVectors, int kRows = kTileRows<kVectors>>
-void product(int count, int64_t K, const T* const* rows, const T* panel, const T* start, T* out) {
+void product(int count, int64_t K, const T* const* rows, const T* panel, int64_t stride, const T* start, T* out) {
   if (count == kRows) {
-    product_exact<T, kVectors, kRows>(K, rows, panel, start, out);
+    product_exact<T, kVectors, kRows>(K, rows, panel, stride, start, out);
   } else if constexpr (kRows > 1) {
-    product<T, kVectors, kRows - 1>(count, K, rows, panel, start, out);
+    product<T, kVectors, kRows - 1>(count, K, rows, panel, stride, start, out);
+  }
+}
+// With a packed panel.
+template <typename T, int kVectors>
+void product(int count, int64_t K, const T* const* rows, const T* panel, const T* start, T* out) {
+  product<T, kVectors>(count, K, rows, panel, kVectors * kWidth<T>, start, out);
+}
+
+// Weights that serve fewer rows than this in a whole launch are read where they are: packing them would cost more.
+inline constexpr int64_t kRowsWorthPacking = 16;
+
+// The dot products of x [K] with the rows of w [count, K], count <= W. Lanes past count repeat the last one.
+template <typename T>
+FASTRNN_HD Vec<T> dots(int64_t K, const T* x, const T* w, int64_t count) {
+  constexpr int kW = kWidth<T>;
+  Vec<T> sums[kW];
+#pragma GCC unroll 16
+  for (int j = 0; j < kW; ++j) sums[j] = Vec<T>{};
+  const T* row[kW];
+#pragma GCC unroll 16
+  for (int j = 0; j < kW; ++j) row[j] = w + std::min<int64_t>(j, count - 1) * K;
+  int64_t k = 0;
+  for (; k + kW <= K; k += kW) {
+    const Vec<T> v = load(x + k);
+#pragma GCC unroll 16
+    for (int j = 0; j < kW; ++j) sums[j] += v * load(row[j] + k);
+  }
+  transpose<T>(sums);
+  Vec<T> sum = sums[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kW; ++i) sum += sums[i];
+  for (; k < K; ++k) {
+    for (int j = 0; j < kW; ++j) sum[j] += x[k] * row[j][k];
+  }
+  return sum;
+}
+
+// A product with panel `panel` of w [G*units, K] as it is, with its bias [G*units] or null: what product() gives for
+// the packed panel.
+template <typename T, int kGates>
+void product_unpacked(int count, int64_t K, const T* const* rows, const T* w, const T* bias, int64_t units,
+                      int64_t panel, T* out) {
+  using Shape = PanelShape<T, kGates>;
+  for (int64_t column = 0; column < Shape::kColumns; column += kWidth<T>) {
+    const int64_t g = column / Shape::kBlock, unit = panel * Shape::kBlock + column % Shape::kBlock;
+    const int here = static_cast<int>(std::min<int64_t>(kWidth<T>, units - unit));
+    if (here <= 0) continue;
+    const Vec<T> start = bias ? load(bias + g * units + unit, here) : Vec<T>{};
+    for (int r = 0; r < count; ++r) {
+      store(out + r * Shape::kColumns + column, start + dots(K, rows[r], w + (g * units + unit) * K, here));
+    }
   }
 }
 
