@@ -26,7 +26,7 @@ try:
     from machine import Conditions, floor_ms
     from measure import Clock, CudaClock, HostClock, as_cuda_graph, cuda_kernels, interleave, peak_mib
     from plots import plot_ratios
-    from report import Row, append_csv, markdown, print_tables, read_csv
+    from report import FormatError, Row, append_csv, markdown, print_tables, read_csv
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 except ModuleNotFoundError as error:
@@ -37,7 +37,10 @@ LOCAL_RESULTS = Path(__file__).parent / "results" / "local"
 
 @dataclass(frozen=True)
 class Suite:
-    """Defaults of the options that choose cases; every option of the same name replaces one."""
+    """Defaults of the options that choose cases; every option of the same name replaces one.
+
+    A time limit drops the last shapes of the last dtypes: those of most interest come first.
+    """
 
     shapes: Sequence[str]
     modes: Sequence[str] = ("infer", "train")
@@ -45,7 +48,7 @@ class Suite:
     threads: Sequence[int] = (0,)  # 0: all
     launches: Sequence[str] = ("eager",)
     baselines: Sequence[str] = ("torch.nn",)
-    budget: float = 0.5
+    budget: float = 1.0
     time_limit: float = math.inf
     limit: bool = False
 
@@ -53,6 +56,8 @@ class Suite:
 SUITES = {
     ("short", "cpu"): Suite(
         shapes=("1,1,256", "100,1,128", "100,32,256", "100,32,256,packed=30", "512,8,256"),
+        dtypes=("fp32", "bf16"),
+        budget=0.4,
         time_limit=120,
     ),
     ("short", "cuda"): Suite(
@@ -69,10 +74,8 @@ SUITES = {
         ),
         threads=(1, 0),
         baselines=("torch.nn", "onnxruntime"),
-        budget=1.0,
         limit=True,
     ),
-    # In order of interest, because a time limit drops the last ones.
     ("gpu", "cuda"): Suite(
         shapes=(
             *("1024,16,768", "100,64,512", "100,32,512,packed=30", "100,32,512,D=2", "100,32,512,L=2"),
@@ -82,7 +85,8 @@ SUITES = {
         ),
         dtypes=("bf16", "fp16", "tf32", "fp32"),
         launches=("eager", "graph"),
-        budget=0.06,
+        budget=0.05,
+        time_limit=540,
         limit=True,
     ),
 }
@@ -93,7 +97,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="modes:\n"
+        epilog="suites:\n"
+        "  short        a few shapes of each kind on the device that is there; under 2 minutes\n"
+        "  cpu          15 shapes, 1 and all threads, with ONNX Runtime and the share of the machine's peaks\n"
+        "  gpu          25 shapes, eager and as CUDA graphs, with cuDNN's kernels; under 10 minutes\n"
+        "modes:\n"
         + "".join(f"  {name:<12} {text}\n" for name, text in MODES.items())
         + "baselines:\n"
         + "".join(f"  {name:<12} {text}\n" for name, text in BASELINES.items())
@@ -110,17 +118,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     choice = parser.add_argument_group("cases; each option replaces the suite's values")
     add = choice.add_argument
     add("--shapes", nargs="+", metavar="T,B,I,H", help="or T,B,H; with L=layers, D=directions, packed=shortest length")
-    add("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="(default: all)")
-    add("--modes", nargs="+", choices=MODES)
-    add("--dtypes", nargs="+", choices=DTYPES)
+    add("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL", help="of " + ", ".join(CELLS))
+    add("--modes", nargs="+", choices=MODES, metavar="MODE", help="see below")
+    add("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help="of " + ", ".join(DTYPES))
     add("--device", choices=("cpu", "cuda"), help="(default: the suite's, or cuda where there is one)")
     add("--threads", nargs="+", type=int, metavar="N", help="CPU threads; 0 is all")
-    add("--launches", nargs="+", choices=("eager", "graph"), help="CUDA: one call at a time, or as a CUDA graph")
-    add("--baselines", nargs="+", choices=BASELINES)
+    add(
+        "--launches",
+        nargs="+",
+        choices=("eager", "graph"),
+        metavar="HOW",
+        help="on CUDA: eager, graph (as a CUDA graph)",
+    )
+    add("--baselines", nargs="+", choices=BASELINES, metavar="BASELINE", help="see below")
     timing = parser.add_argument_group("timing")
     add = timing.add_argument
     add("--budget", type=float, metavar="S", help="seconds per contender and case")
-    add("--time-limit", type=float, metavar="S", help="start no case after this many seconds (suite short: 120)")
+    add(
+        "--time-limit",
+        type=float,
+        metavar="S",
+        help="start no case after this many seconds (suite short: 120, gpu: 540)",
+    )
     add("--limit", action=argparse.BooleanOptionalAction, help="measure the machine's peaks, show the share of them")
     add("--steps", type=int, default=char_lm.STEPS, metavar="N", help="of the language model (default: %(default)s)")
     add("--control", action="store_true", help="language model: torch.nn with weights one ulp off in fastrnn's place")
@@ -139,15 +158,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if (arguments.suite, arguments.device) not in SUITES:
         parser.error(f"--suite {arguments.suite} does not run on --device {arguments.device}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"no CUDA device is there (torch {torch.__version__}); use --device cpu")
+        parser.error(f"torch {torch.__version__} sees no CUDA device")
     suite = SUITES[arguments.suite, arguments.device]
     for name, value in vars(suite).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
+    arguments.csv = arguments.csv or LOCAL_RESULTS / f"{arguments.suite}-{arguments.device}.csv"
+    arguments.plot = arguments.plot or arguments.csv.with_suffix(".png")
     if arguments.task is None:
         arguments.task = "all" if arguments.suite == "short" else "sweep"
     if min(arguments.threads) < 0 or arguments.steps < char_lm.WINDOW or arguments.budget < 0:
         parser.error(f"expected --threads >= 0, --budget >= 0 and --steps >= {char_lm.WINDOW}")
+    arguments.threads = [n or torch.get_num_threads() for n in arguments.threads]
     try:
         arguments.shapes = [Shape.parse(text) for text in arguments.shapes]
     except ValueError as error:
@@ -166,20 +188,36 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_cases(arguments: argparse.Namespace) -> list[Case]:
     """All combinations, one setting of the machine after the other."""
-    every = torch.get_num_threads()
-    threads = list(dict.fromkeys(n or every for n in arguments.threads)) if arguments.device == "cpu" else [every]
-    launches = arguments.launches if arguments.device == "cuda" else ["eager"]
+    cuda = arguments.device == "cuda"
     combinations = itertools.product(
-        threads, arguments.shapes, arguments.dtypes, arguments.cells, arguments.modes, launches
+        arguments.threads[:1] if cuda else dict.fromkeys(arguments.threads),
+        arguments.dtypes,
+        arguments.shapes,
+        arguments.cells,
+        arguments.modes,
+        arguments.launches if cuda else ["eager"],
     )
     cases = [
         Case(cell, shape, dtype, mode, arguments.device, n, launch == "graph")
-        for n, shape, dtype, cell, mode, launch in combinations
+        for n, dtype, shape, cell, mode, launch in combinations
     ]
     cases = [case for case in cases if any(serves(baseline, case) for baseline in arguments.baselines)]
     if not cases:
         sys.exit("bench.py: none of the baselines serves any of these cases (see --help)")
     return cases
+
+
+def path(case: Case) -> str:
+    """What fastrnn runs on: the instruction set of its CPU kernels, or the path that is forced on CUDA."""
+    from fastrnn import _C
+
+    return _C.isa() if case.device == "cpu" else os.environ.get("FASTRNN_PATH", "auto")
+
+
+def algorithm(kernels: list[str]) -> str:
+    """Class and names of cuDNN's kernels: whether one of them runs many steps, or each step is launched."""
+    persistent = any("persist" in kernel.lower() for kernel in kernels)
+    return " ".join(["persistent:" if persistent else "step by step:", *kernels[:4]])
 
 
 class CaseError(Exception):
@@ -194,39 +232,38 @@ def measure(case: Case, arguments: argparse.Namespace, conditions: Conditions) -
     """
     torch.set_num_threads(case.threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
-    notes: dict[str, str] = {}
+    clock: Clock = CudaClock(case.graph) if case.device == "cuda" else HostClock(case.threads)
+    baselines = [name for name in arguments.baselines if serves(name, case)]
+    notes, memory = dict.fromkeys(baselines, ""), {}
     try:
         problem = Problem(case)
-        calls = {"fastrnn": make_call(problem, "fastrnn")}
-        ours = calls["fastrnn"]()
-        if case.graph:
-            calls["fastrnn"] = as_cuda_graph(calls["fastrnn"])
-    except (RuntimeError, NotImplementedError) as error:
+        call = make_call(problem, "fastrnn")
+        ours = call()
+        memory["fastrnn"] = peak_mib(call, case.device)
+        calls = {"fastrnn": as_cuda_graph(call) if case.graph else call}
+    except RuntimeError as error:
         raise CaseError(f"fastrnn fails: {error}") from error
-    baselines = [name for name in arguments.baselines if serves(name, case)]
     for baseline in baselines:
         try:
             call = make_call(problem, baseline)
             difference = problem.disagreement(ours, call())
             if baseline == "torch.nn" and case.device == "cuda":
-                kernels = cuda_kernels(call)
-                persistent = any("persist" in kernel.lower() for kernel in kernels)
-                notes[baseline] = ("persistent: " if persistent else "step by step: ") + " ".join(kernels[:4])
+                notes[baseline] = algorithm(cuda_kernels(call))
+            if baseline != "onnxruntime":
+                memory[baseline] = peak_mib(call, case.device)
             calls[baseline] = as_cuda_graph(call) if case.graph else call
-        except (RuntimeError, NotImplementedError) as error:
-            notes[baseline] = " ".join(str(error).split())[:200]
+        except RuntimeError as error:
+            notes[baseline] = "fails: " + " ".join(str(error).split())[:200]
             continue
         if difference:
             raise CaseError(f"fastrnn and {baseline} disagree: {difference}")
     del ours
-    clock: Clock = CudaClock(case.graph) if case.device == "cuda" else HostClock(case.threads)
     timings = interleave(calls, clock, arguments.budget)
-    memory = {name: peak_mib(call, case.device) for name, call in calls.items() if name != "onnxruntime"}
     return [
         Row(
             conditions=conditions,
             case=case,
-            path=os.environ.get("FASTRNN_PATH", "auto"),
+            path=path(case),
             baseline=baseline,
             clock=clock.name,
             ours=timings["fastrnn"],
@@ -234,7 +271,7 @@ def measure(case: Case, arguments: argparse.Namespace, conditions: Conditions) -
             peak_mib=memory["fastrnn"],
             baseline_peak_mib=memory.get(baseline),
             floor_ms=floor_ms(case) if arguments.limit else None,
-            note=notes.get(baseline, ""),
+            note=notes[baseline],
         )
         for baseline in baselines
     ]
@@ -243,8 +280,9 @@ def measure(case: Case, arguments: argparse.Namespace, conditions: Conditions) -
 def sweep(arguments: argparse.Namespace, console: Console) -> bool:
     """Measures all cases. Returns whether none failed."""
     cases, conditions = make_cases(arguments), Conditions.now(arguments.device)
-    csv = arguments.csv or LOCAL_RESULTS / f"{arguments.suite}-{arguments.device}.csv"
-    plot = arguments.plot or csv.with_suffix(".png")
+    csv, plot = arguments.csv, arguments.plot
+    if csv.exists():
+        read_csv(csv)  # raises before anything is measured if rows cannot be added
     console.print(f"fastrnn on {conditions.device}, torch {conditions.torch}, commit {conditions.commit}")
     load = os.getloadavg()[0]
     if load > 0.2 * (os.cpu_count() or 1):
@@ -278,27 +316,33 @@ def sweep(arguments: argparse.Namespace, console: Console) -> bool:
     return not failures
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; the result is its exit status."""
-    arguments = parse_arguments(argv)
-    if arguments.report_readme:
-        print(markdown(read_csv(arguments.report_readme)))
-        return 0
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the tasks; the result is the exit status."""
     try:
         import fastrnn  # noqa: F401
-    except (ImportError, OSError) as error:
-        sys.exit(
-            f"bench.py: fastrnn cannot be imported: {error}\nBuild it first: `make bench` does, or `pip install .`"
-        )
+    except ImportError as error:
+        sys.exit(f"bench.py: {error}\n`make bench` builds fastrnn first")
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     succeeded = True
     if arguments.task in ("sweep", "all"):
         succeeded = sweep(arguments, console)
     if arguments.task in ("char-lm", "all"):
-        torch.set_num_threads(max(arguments.threads) or torch.get_num_threads())
-        picture = (arguments.plot or arguments.csv or LOCAL_RESULTS / "x").with_name("char-lm.png")
-        succeeded &= char_lm.run(console, arguments.device, arguments.steps, arguments.control, picture)
+        torch.set_num_threads(max(arguments.threads))
+        plot = arguments.plot.with_name("char-lm.png")
+        succeeded &= char_lm.run(console, arguments.device, arguments.steps, arguments.control, plot)
     return 0 if succeeded else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the command line and does what it says; the result is the exit status."""
+    arguments = parse_arguments(argv)
+    try:
+        if not arguments.report_readme:
+            return run(arguments)
+        print(markdown(read_csv(arguments.report_readme)))
+        return 0
+    except (OSError, FormatError) as error:
+        sys.exit(f"bench.py: {error}")
 
 
 if __name__ == "__main__":

@@ -81,13 +81,13 @@ def peak_flops(dtype: str, device: str, threads: int) -> float:
     n, channels, pixels = 1024, 256, 32
     with torch.inference_mode():
         a, b = torch.randn(n, n, **factory), torch.randn(n, n, **factory)
-        rates = [2 * n**3 / best_s(lambda: a @ b, 0.3)]
+        rates = [2 * n**3 / best_s(lambda: a @ b, threads)]
         if dtype != "fp64":
             layout = torch.channels_last
             x = torch.randn(1, channels, pixels, pixels, **factory).contiguous(memory_format=layout)
             w = torch.randn(channels, channels, 3, 3, **factory).contiguous(memory_format=layout)
             flops = 2 * 9 * channels**2 * (pixels - 2) ** 2
-            rates.append(flops / best_s(lambda: torch.conv2d(x, w), 0.3))
+            rates.append(flops / best_s(lambda: torch.conv2d(x, w), threads))
     if dtype in ("bf16", "fp16"):
         # Where the processor has no instructions for it, the type is converted and computed in fp32.
         rates.append(peak_flops("fp32", device, threads))
@@ -107,7 +107,7 @@ def read_bandwidth(size: int, device: str, threads: int) -> float:
         if device == "cuda":
             return size / _best_cuda_s(lambda: buffer.sum())
         repeated = buffer.expand(rounds, count)
-        return rounds * size / best_s(lambda: repeated.sum(1), 0.15)
+        return rounds * size / best_s(lambda: repeated.sum(1), threads)
 
 
 def _best_cuda_s(call: Callable[[], object]) -> float:

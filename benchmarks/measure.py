@@ -19,11 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 
 # A sample lasts at least this long, so that the clock and the loop around the call do not show in it.
 SAMPLE_S = 3e-3
-MIN_SAMPLES = 5
 # Worker threads spin for some milliseconds after their last task. With several threads, this pause before a sample
 # lets those of the contender before go to sleep; a call shorter than WARM_S then runs once untimed to wake its own.
 SETTLE_S = 5e-3
 WARM_S = 50e-3
+# How long to look for the best time when a peak of the machine is measured.
+PEAK_S = 0.2
 # Larger than the L2 of any GPU so far (H200: 50 MB, B200: 126 MB).
 FLUSH_BYTES = 256 << 20
 
@@ -48,9 +49,14 @@ class Clock(Protocol):
     """Makes samplers: functions that time a call once more and return its milliseconds."""
 
     name: str
+    min_samples: int
 
     def sampler(self, call: Call) -> Callable[[], float]:
         """Prepares to time a call that has run before."""
+
+
+def _host_clock(threads: int) -> Callable[[], float]:
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 class HostClock:
@@ -60,10 +66,12 @@ class HostClock:
     machine runs somebody else's work.
     """
 
+    min_samples = 5
+
     def __init__(self, threads: int) -> None:
         """Takes processor time for one thread, elapsed time for several."""
         self.name = "cpu" if threads == 1 else "wall"
-        self._now = time.process_time if threads == 1 else time.perf_counter
+        self._now = _host_clock(threads)
         self._settle_s = SETTLE_S if threads > 1 else 0.0
 
     def sampler(self, call: Call) -> Callable[[], float]:
@@ -93,6 +101,8 @@ class CudaClock:
     launch it, that of a CUDA graph does not.
     """
 
+    min_samples = 10
+
     def __init__(self, graph: bool) -> None:
         """Takes whether calls are CUDA graphs, which decides the name only."""
         self.name = "cuda-graph" if graph else "cuda"
@@ -120,7 +130,7 @@ def interleave(calls: dict[str, Call], clock: Clock, budget_s: float) -> dict[st
     Args:
         calls: The contenders; each has run before.
         clock: How to time.
-        budget_s: Seconds to spend on each contender; MIN_SAMPLES samples are taken in any case.
+        budget_s: Seconds to spend on each contender; the clock's `min_samples` are taken in any case.
     """
     samplers = {name: clock.sampler(call) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -129,7 +139,7 @@ def interleave(calls: dict[str, Call], clock: Clock, budget_s: float) -> dict[st
     gc.disable()
     try:
         deadline = time.perf_counter() + budget_s * len(calls)
-        while len(samples[order[0]]) < MIN_SAMPLES or time.perf_counter() < deadline:
+        while len(samples[order[0]]) < clock.min_samples or time.perf_counter() < deadline:
             for name in order:
                 samples[name].append(samplers[name]())
             order.reverse()
@@ -186,7 +196,8 @@ def cuda_kernels(call: Call) -> list[str]:
     with _silent_stderr(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
     names = [event.key.removeprefix("void ").split("<")[0].split("(")[0] for event in events]
     return list(dict.fromkeys(names))
 
@@ -205,13 +216,14 @@ def _silent_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def best_s(call: Callable[[], object], budget_s: float) -> float:
+def best_s(call: Callable[[], object], threads: int) -> float:
     """The shortest time of one call on the CPU: what the machine can do when nothing disturbs it."""
+    now = _host_clock(threads)
     call()
     best = float("inf")
-    deadline = time.perf_counter() + budget_s
+    deadline = time.perf_counter() + PEAK_S
     while time.perf_counter() < deadline:
-        start = time.perf_counter()
+        start = now()
         call()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, now() - start)
     return best

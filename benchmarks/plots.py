@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -19,6 +20,8 @@ from report import Row, geometric_mean, grouped  # noqa: E402
 
 # Okabe and Ito's palette, told apart by every common form of colour vision; markers say the same once more.
 COLOURS = {"lstm": "#0072B2", "gru": "#D55E00", "rnn": "#009E73"}
+# Two equal float32 losses are drawn as one unit in the last place apart: a logarithmic axis has no zero.
+SMALLEST_DIFFERENCE = 1e-7
 MARKERS = {"lstm": "o", "gru": "s", "rnn": "^"}
 
 
@@ -94,45 +97,55 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Means of `window` values, from each one on."""
+    return [fmean(values[k : k + window]) for k in range(len(values) - window + 1)]
+
+
 def plot_training(
-    runs: dict[str, tuple[list[float], list[float], float]], window: int, tolerance: float, path: Path
+    losses: dict[str, list[float]], speeds: dict[str, float], window: int, limits: dict[str, float], path: Path
 ) -> None:
-    """Draws two training runs: losses, their relative difference, and speed.
+    """Draws two training runs: losses, how far they are apart, and speed.
 
     Args:
-        runs: By name, the baseline first: loss per step, means over `window` steps, characters per second.
+        losses: Loss per step by name, the baseline first.
+        speeds: Characters per second by name.
         window: Steps that a mean covers.
-        tolerance: Relative difference of the means that is allowed.
+        limits: Largest relative differences allowed, by label.
         path: PNG to write.
     """
-    (_, (_, theirs, _)), (_, (_, ours, _)) = runs.items()
     figure, axes = plt.subplot_mosaic(
         [["loss", "speed"], ["difference", "speed"]],
-        figsize=(10, 5.5),
+        figsize=(10, 6.5),
         width_ratios=[4, 1],
-        height_ratios=[3, 1],
+        height_ratios=[3, 2],
         layout="constrained",
     )
     loss, difference, speed = axes["loss"], axes["difference"], axes["speed"]
-    steps = range(window, window + len(ours))
-    for (name, (losses, means, rate)), colour, style in zip(
-        runs.items(), ("#D55E00", "#0072B2"), ("solid", (0, (3, 3))), strict=True
-    ):
-        loss.plot(range(1, len(losses) + 1), losses, color=colour, alpha=0.25, linewidth=0.7)
-        loss.plot(steps, means, color=colour, linestyle=style, linewidth=2, label=f"{name} (mean of {window} steps)")
-        bar = speed.bar(name, rate / 1e3, color=colour)
-        speed.bar_label(bar, fmt="%.1f")
+    theirs, ours = losses.values()
+    steps = range(1, len(ours) + 1)
+    centres = [k + (window + 1) / 2 for k in range(len(ours) - window + 1)]
+    for name, colour, style in zip(losses, ("#D55E00", "#0072B2"), ("solid", (0, (3, 3))), strict=True):
+        loss.plot(steps, losses[name], color=colour, alpha=0.25, linewidth=0.7)
+        means = running_mean(losses[name], window)
+        loss.plot(centres, means, color=colour, linestyle=style, linewidth=2, label=f"{name}, mean of {window} steps")
+        speed.bar_label(speed.bar(name, speeds[name] / 1e3, color=colour), fmt="%.1f")
     loss.set_ylabel("loss, nats per character")
     loss.set_title("The same model, seed and batches", fontsize=11, loc="left")
     loss.legend(frameon=False)
-    loss.sharex(difference)
-    loss.tick_params(labelbottom=False)
-    difference.plot(steps, [100 * (b / a - 1) for a, b in zip(theirs, ours, strict=True)], color="black", linewidth=1)
-    difference.axhspan(-100 * tolerance, 100 * tolerance, color="0.92", label="allowed")
-    difference.axhline(0, color="0.6", linewidth=0.8)
-    difference.set_ylabel("difference, %")
+    for x, label, a, b, width in (
+        (steps, "single losses", theirs, ours, 0.7),
+        (centres, f"means of {window} steps", running_mean(theirs, window), running_mean(ours, window), 1.8),
+    ):
+        apart = [max(abs(q / p - 1), SMALLEST_DIFFERENCE) for p, q in zip(a, b, strict=True)]
+        difference.plot(x, apart, color="0.2", linewidth=width, label=label)
+    for (label, limit), style in zip(limits.items(), (":", "--"), strict=True):
+        difference.axhline(limit, color="#CC79A7", linestyle=style, label=label)
+    difference.set_yscale("log")
+    difference.set_ylabel("relative difference")
     difference.set_xlabel("training step")
-    difference.legend(frameon=False, loc="upper left")
+    difference.sharex(loss)
+    difference.legend(frameon=False, ncols=2, fontsize=8)
     speed.set_title("thousand characters/s", fontsize=11, loc="left")
     for ax in axes.values():
         ax.spines[["top", "right"]].set_visible(False)

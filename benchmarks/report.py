@@ -134,34 +134,31 @@ class Row:
         )
 
 
+class FormatError(Exception):
+    """A file is not one of this program's."""
+
+
 def read_csv(path: Path) -> list[Row]:
     """Reads the rows of a file.
 
     Raises:
-        ValueError: The file is not one of this program's.
+        FormatError: The file is not one of this program's.
     """
     with path.open(newline="") as file:
         try:
             return [Row.from_csv(columns) for columns in csv.DictReader(file)]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a file of rows of this program: {error}") from error
+            raise FormatError(f"{path} does not hold rows of this program: {error!r}") from error
 
 
 def append_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a file, which is made when it does not exist.
-
-    Raises:
-        ValueError: The file has other columns.
-    """
+    """Adds rows to a file, which is made when it does not exist."""
     columns = [row.to_csv() for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="") as file:
-        file.seek(0)
-        header = file.readline().rstrip("\n")
-        if header and header != ",".join(columns[0]):
-            raise ValueError(f"{path} has other columns than this program's; name another file")
+    new = not path.exists()
+    with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(columns[0]), lineterminator="\n")
-        if not header:
+        if new:
             writer.writeheader()
         writer.writerows(columns)
 
