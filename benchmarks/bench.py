@@ -92,8 +92,8 @@ SUITES = {
 }
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line; a suite's values stand in for options that are not given."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -123,23 +123,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help="of " + ", ".join(DTYPES))
     add("--device", choices=("cpu", "cuda"), help="(default: the suite's, or cuda where there is one)")
     add("--threads", nargs="+", type=int, metavar="N", help="CPU threads; 0 is all")
-    add(
-        "--launches",
-        nargs="+",
-        choices=("eager", "graph"),
-        metavar="HOW",
-        help="on CUDA: eager, graph (as a CUDA graph)",
-    )
+    add("--launches", nargs="+", choices=("eager", "graph"), metavar="HOW", help="on CUDA: eager, graph (CUDA graph)")
     add("--baselines", nargs="+", choices=BASELINES, metavar="BASELINE", help="see below")
     timing = parser.add_argument_group("timing")
     add = timing.add_argument
     add("--budget", type=float, metavar="S", help="seconds per contender and case")
-    add(
-        "--time-limit",
-        type=float,
-        metavar="S",
-        help="start no case after this many seconds (suite short: 120, gpu: 540)",
-    )
+    add("--time-limit", type=float, metavar="S", help="start no case after it (default: suite short 120, gpu 540)")
     add("--limit", action=argparse.BooleanOptionalAction, help="measure the machine's peaks, show the share of them")
     add("--steps", type=int, default=char_lm.STEPS, metavar="N", help="of the language model (default: %(default)s)")
     add("--control", action="store_true", help="language model: torch.nn with weights one ulp off in fastrnn's place")
@@ -148,8 +137,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--csv", type=Path, metavar="FILE", help="rows are added to it (default: in benchmarks/results/local)")
     add("--plot", type=Path, metavar="FILE", help="PNG of the ratios (default: beside the CSV file)")
     add("--report-readme", type=Path, metavar="FILE", help="print the Markdown tables of a CSV file and end")
-    arguments = parser.parse_args(argv)
+    return parser
 
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line; a suite's values stand in for options that are not given."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
     if arguments.report_readme:
         return arguments
     if arguments.device is None:
@@ -285,8 +279,10 @@ def sweep(arguments: argparse.Namespace, console: Console) -> bool:
         read_csv(csv)  # raises before anything is measured if rows cannot be added
     console.print(f"fastrnn on {conditions.device}, torch {conditions.torch}, commit {conditions.commit}")
     load = os.getloadavg()[0]
-    if load > 0.2 * (os.cpu_count() or 1):
-        console.print(f"The machine is busy (load {load:.1f}): do not trust these numbers.", style="bold yellow")
+    warning = f"The machine was busy at the start (load {load:.1f}): do not trust these numbers."
+    busy = load > 0.2 * (os.cpu_count() or 1)
+    if busy:
+        console.print(warning, style="bold yellow")
     rows: list[Row] = []
     failures: list[str] = []
     deadline = time.monotonic() + arguments.time_limit
@@ -307,10 +303,14 @@ def sweep(arguments: argparse.Namespace, console: Console) -> bool:
                 append_csv(csv, measured)
                 rows += measured
             progress.advance(task)
-    if rows:
+    if any(row.theirs for row in rows):
         print_tables(console, rows)
+        if busy:
+            console.print(warning, style="bold yellow")
         plot_ratios(rows, plot)
         console.print(f"Rows: {csv}\nPlot: {plot}")
+    elif rows:
+        console.print(f"No baseline could run these cases: {rows[-1].note}", style="bold red")
     for failure in failures:
         console.print(f"FAILED {failure}", style="bold red")
     return not failures

@@ -148,7 +148,7 @@ def read_csv(path: Path) -> list[Row]:
         try:
             return [Row.from_csv(columns) for columns in csv.DictReader(file)]
         except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{path} does not hold rows of this program: {error!r}") from error
+            raise FormatError(f"{path} does not hold rows of this program ({error!r}); name another file") from error
 
 
 def append_csv(path: Path, rows: Iterable[Row]) -> None:
