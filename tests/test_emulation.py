@@ -6,13 +6,15 @@ and a schedule decide who runs when. See CONTRIBUTING.md, "CUDA kernels without 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent / "emulation"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "tests/emulation"
 sys.path.insert(0, str(FOLDER))
 
 import libraries  # noqa: E402
@@ -44,6 +46,19 @@ def start(*command: str | Path, variant: str = "", **environment: str) -> subpro
     return subprocess.run([sys.executable, *command], env=environment, text=True, capture_output=True)
 
 
+def run_operators(
+    library: Path, variant: str, schedule: str, seed: int, selection: str
+) -> subprocess.CompletedProcess[str]:
+    options = "-q -s -x -p no:cacheprovider -p no:xdist".split()  # -s: a sanitizer's last words must come through
+    return start(
+        *("-m", "pytest", *options, FOLDER / "ops.py", "-k", selection),
+        variant=variant,
+        FASTRNN_LIBRARY=str(library),
+        FASTRNN_EMULATION_SCHEDULE=schedule,
+        FASTRNN_EMULATION_SEED=str(seed),
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The operators
 
@@ -61,13 +76,7 @@ def start(*command: str | Path, variant: str = "", **environment: str) -> subpro
 )
 def test_operators(schedule, seed, variant, selection):
     """The operators' parity tests, with the emulated CUDA kernels in place of the CPU's."""
-    done = start(
-        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", FOLDER / "ops.py", "-k", selection),
-        variant=variant,
-        FASTRNN_LIBRARY=str(libraries.build("ops", variant)),
-        FASTRNN_EMULATION_SCHEDULE=schedule,
-        FASTRNN_EMULATION_SEED=str(seed),
-    )
+    done = run_operators(libraries.build("ops", variant), variant, schedule, seed, selection)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Sanitizer" not in done.stderr
 
@@ -94,7 +103,7 @@ def test_more_rows_than_a_grid_has(emulated):
 def test_every_wrapper_has_a_probe(emulated):
     assert set(emulated.probes) == set(PROBES)
     source = (FOLDER / "probes.cu").read_text() + (FOLDER / "demonstration.cu").read_text()
-    device = (FOLDER.parents[1] / "csrc/cuda/device.cuh").read_text().split("#ifdef FASTRNN_EMULATE")[1]
+    device = (ROOT / "csrc/cuda/device.cuh").read_text().split("#ifdef FASTRNN_EMULATE")[1]
     declared = [line.split("(")[0].split()[-1].lstrip("*") for line in device.splitlines() if "__device__" in line]
     wrappers = {name for name in declared if name not in ("__forceinline__", "shared_address")}
     assert len(wrappers) > 30
@@ -201,6 +210,33 @@ def test_overruns_are_found_by_address_sanitizer():
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert "demonstration.cu" in done.stderr
+
+
+MUTANTS = {  # of gates_cuda.cu: what is replaced, by what, and what a variant of the emulation says
+    "bound": (
+        "if (unit >= p.H) return;",
+        "if (unit > p.H) return;",
+        "address",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "alignment": ("p.H % N == 0 && ", "", "address", "misaligned address"),
+    "overlap": ("int64_t{blockIdx.y} * blockDim.y", "int64_t{blockIdx.y}", "thread", "ThreadSanitizer: data race"),
+    "row": ("row * C::kGates * p.H + unit", "row * C::kSaved * p.H + unit", "", "AssertionError"),
+    "carry": ("store(p.d_h + state, values);", "", "", "AssertionError"),
+}
+
+
+@extended
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_of_the_gate_kernels_are_found(name, tmp_path):
+    before, after, variant, report = MUTANTS[name]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    kernels = tmp_path / "csrc/cuda/gates_cuda.cu"
+    assert before in kernels.read_text()
+    kernels.write_text(kernels.read_text().replace(before, after))
+    done = run_operators(libraries.build("ops", variant, tmp_path), variant, "random", 1, "T5-B3 or T2-B130")
+    assert done.returncode != 0
+    assert report in done.stdout + done.stderr
 
 
 def test_launches_that_a_device_refuses(emulated):

@@ -18,20 +18,17 @@ import site
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from ninja import ninja_syntax
 
 FOLDER = Path(__file__).parent.resolve()
 ROOT = FOLDER.parents[1]
-LIBRARIES = {
-    "ops": [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*_cuda.cu"))],
-    "kernels": sorted(FOLDER.glob("*.cu")),
-}
+LIBRARIES = ("ops", "kernels")
 RUNTIME = [FOLDER / f"{name}.cpp" for name in ("fiber", "scheduler", "synchronization", "memory")]
 
 # -O1: what runs is mostly the emulation, and reports name the right lines.
-FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", f"-I{FOLDER}", f"-I{ROOT}/csrc"]
+FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", f"-I{FOLDER}"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
@@ -98,20 +95,26 @@ def environment(variant: str) -> dict[str, str]:
     }
 
 
-def build(library: str, variant: str = "") -> Path:
-    """Compiles what has changed since the last call and returns the library.
+def sources(library: str, root: Path) -> list[Path]:
+    if library == "kernels":
+        return sorted(FOLDER.glob("*.cu"))
+    return [root / "csrc/ops.cpp", *sorted((root / "csrc/cuda").glob("*_cuda.cu"))]
+
+
+def build(library: str, variant: str = "", root: Path = ROOT) -> Path:
+    """Compiles what has changed since the last call, with the csrc and into the build of `root`; returns the library.
 
     Raises:
         Unavailable: without a compiler or CUDA's headers.
         RuntimeError: when the compiler fails.
     """
-    folder = ROOT / "build" / "emulation" / "-".join(filter(None, (library, variant)))
+    folder = root / "build" / "emulation" / "-".join(filter(None, (library, variant)))
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"lib{library}.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(folder / "build.ninja", "w") as file:
-            _write_ninja_file(file, library, VARIANTS[variant], target)
+            _write_ninja_file(file, library, VARIANTS[variant], root, target)
         ninja = [sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)]
         unsanitized = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         done = subprocess.run(ninja, capture_output=True, text=True, env=unsanitized)
@@ -120,8 +123,8 @@ def build(library: str, variant: str = "") -> Path:
     return target
 
 
-def _write_ninja_file(file, library: str, variant: Variant, target: Path) -> None:
-    kernel_flags = [*KERNEL_FLAGS, *variant.kernels]
+def _write_ninja_file(file: TextIO, library: str, variant: Variant, root: Path, target: Path) -> None:
+    kernel_flags = [f"-I{root}/csrc", *KERNEL_FLAGS, *variant.kernels]
     libraries = list(variant.kernels)
     kernel_flags += ["-isystem", str(cuda_headers())]
     if library == "ops":
@@ -141,7 +144,7 @@ def _write_ninja_file(file, library: str, variant: Variant, target: Path) -> Non
     objects = []
     for source in RUNTIME:
         objects += ninja.build(f"{source.name}.o", "cxx", str(source), variables={"flags": text(*variant.runtime)})
-    for source in LIBRARIES[library]:
+    for source in sources(library, root):
         language = ["-x", "c++", "-include", "cuda_language.h"] if source.suffix == ".cu" else []
         flags = text(*kernel_flags, *language)
         objects += ninja.build(f"{source.name}.o", "cxx", str(source), variables={"flags": flags})
