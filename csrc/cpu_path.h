@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// CPU: the kernels run the whole sequence. 16-bit types are converted to float on the way in, and back on the way out.
+// CPU: the kernels run the whole sequence. Where they have no form for a 16-bit type, it is converted to float on the
+// way in and back on the way out.
 #pragma once
 
+#include "cpu/isa.h"
 #include "layer.h"
 
 namespace fastrnn {
@@ -17,44 +19,31 @@ inline const ThreadPool& torch_threads() {
 
 template <template <typename> class Cell>
 struct CpuPath {
-  static ScalarType compute(ScalarType storage) { return acc_dtype(storage); }
+  // The type of the tensors in a Layer.
+  static ScalarType compute(ScalarType storage, bool save) {
+    const bool bf16 = storage == ScalarType::BFloat16 && !save && best_isa() == Isa::avx512_bf16;
+    return bf16 ? storage : acc_dtype(storage);
+  }
 
   static ForwardResult forward(const Layer& l, bool save) {
     using C = Cell<float>;
-    const ScalarType t = acc_dtype(l.storage);
-    const bool packed = l.input.dim() == 2;
+    const ScalarType t = compute(l.storage, save), acc = acc_dtype(t);
     ForwardResult r;
-    r.output = packed ? empty(l.input, {l.N, l.P}, t) : empty(l.input, {l.T, l.B, l.P}, t);
+    r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.P}, t) : empty(l.input, {l.T, l.B, l.P}, t);
     r.h_n = empty(l.input, {l.B, l.P}, t);
-    if (C::kStates == 2) r.c_n = empty(l.input, {l.B, l.H}, t);
+    if (C::kStates == 2) r.c_n = empty(l.input, {l.B, l.H}, acc);
     if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
     if (save && C::kStates == 2) r.saved_c = empty(l.input, {l.N, l.H}, t);
     if (save && l.w_hr) r.saved_m = empty(l.input, {l.N, l.H}, t);
-    dispatch_compute(t, [&](auto zero) {
-      using T = decltype(zero);
-      sequence_forward_cpu<Cell, T>({l.B,
-                                     l.I,
-                                     l.H,
-                                     l.P,
-                                     l.steps,
-                                     in<T>(l.input),
-                                     l.input.stride(packed ? 0 : 1),
-                                     packed ? 0 : l.input.stride(0),
-                                     in<T>(l.w_ih),
-                                     in<T>(l.w_hh),
-                                     in<T>(l.b_ih),
-                                     in<T>(l.b_hh),
-                                     in<T>(l.w_hr),
-                                     in<T>(l.h0),
-                                     in<T>(l.c0),
-                                     out<T>(r.output),
-                                     out<T>(r.h_n),
-                                     out<T>(r.c_n),
-                                     out<T>(r.saved_gates),
-                                     out<T>(r.saved_c),
-                                     out<T>(r.saved_m)},
-                                    torch_threads());
-    });
+    if (t == ScalarType::BFloat16) {
+      sequence_forward_bf16_cpu<Cell>(parameters<Bf16>(l, r, in_acc(l.b_ih), in_acc(l.b_hh), in_acc(l.c0)),
+                                      torch_threads());
+    } else {
+      dispatch_compute(t, [&](auto zero) {
+        using T = decltype(zero);
+        sequence_forward_cpu<Cell, T>(parameters<T>(l, r, l.b_ih, l.b_hh, l.c0), torch_threads());
+      });
+    }
     return r;
   }
 
@@ -130,6 +119,39 @@ struct CpuPath {
   }
 
  private:
+  static MaybeTensor in_acc(const MaybeTensor& t) {
+    return t ? MaybeTensor(to_dtype(*t, ScalarType::Float)) : std::nullopt;
+  }
+
+  template <typename S, typename T = typename AccOf<S>::type>
+  static SequenceForward<S> parameters(const Layer& l, const ForwardResult& r, const MaybeTensor& b_ih,
+                                       const MaybeTensor& b_hh, const MaybeTensor& c0) {
+    const bool packed = l.input.dim() == 2;
+    SequenceForward<S> p{};
+    p.B = l.B;
+    p.I = l.I;
+    p.H = l.H;
+    p.P = l.P;
+    p.steps = l.steps;
+    p.input = in<S>(l.input);
+    p.input_stride = l.input.stride(packed ? 0 : 1);
+    p.input_stride_t = packed ? 0 : l.input.stride(0);
+    p.w_ih = in<S>(l.w_ih);
+    p.w_hh = in<S>(l.w_hh);
+    p.b_ih = in<T>(b_ih);
+    p.b_hh = in<T>(b_hh);
+    p.w_hr = in<S>(l.w_hr);
+    p.h0 = in<S>(l.h0);
+    p.c0 = in<T>(c0);
+    p.output = out<S>(r.output);
+    p.h_n = out<S>(r.h_n);
+    p.c_n = out<T>(r.c_n);
+    p.saved_gates = out<T>(r.saved_gates);
+    p.saved_c = out<T>(r.saved_c);
+    p.saved_m = out<T>(r.saved_m);
+    return p;
+  }
+
   // list(zero, rows) appends the N rows that the weight was multiplied with.
   template <typename ListRows>
   static WeightAndBias weight_gradient(const Layer& l, const Tensor& d_gates, int64_t K, bool weight, bool bias,

@@ -24,7 +24,7 @@ class OnDevice {
   explicit OnDevice(const Tensor&) {}
 #else
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "fastrnn: this torch was built without CUDA");
+    check(aoti_torch_get_current_cuda_stream != nullptr, "fastrnn: this torch was built without CUDA");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
   }
 #endif
@@ -37,9 +37,7 @@ class OnDevice {
   CudaStream stream_ = nullptr;
 };
 
-inline void check_launch(CudaStatus status) {
-  STD_TORCH_CHECK(status == 0, "fastrnn: CUDA error: ", cuda_status_string(status));
-}
+inline void check_launch(CudaStatus status) { check(status == 0, "fastrnn: CUDA error: ", cuda_status_string(status)); }
 
 template <typename Storage, typename Acc>
 struct Types {
@@ -60,14 +58,14 @@ void dispatch_storage(ScalarType t, const F& f) {
     case ScalarType::BFloat16:
       return f(Types<__nv_bfloat16, float>{});
     default:
-      STD_TORCH_CHECK(false, "fastrnn: unsupported dtype ", dtype_name(t));
+      check(false, "fastrnn: unsupported dtype ", dtype_name(t));
   }
 }
 
 template <template <typename> class Cell>
 struct GatesPath {
   using C = Cell<float>;
-  static ScalarType compute(ScalarType storage) { return storage; }
+  static ScalarType compute(ScalarType storage, bool /*save*/) { return storage; }
 
   // The row'th row of a matrix, or null.
   template <typename T>

@@ -23,7 +23,8 @@
 namespace fastrnn {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// CPU: one launch runs one layer in one direction over the whole sequence. scalar_t is float or double.
+// CPU: one launch runs one layer in one direction over the whole sequence. scalar_t is float or double; Bf16 has a
+// forward pass for inference, on processors that multiply it.
 
 // Where step t lives. Dense: count(t) == B for every t. Packed: rows of longer sequences first, counts non-increasing.
 struct Steps {
@@ -39,6 +40,19 @@ struct Steps {
   }
 };
 
+// bfloat16: the upper half of a float.
+struct Bf16 {
+  uint16_t bits;
+};
+template <typename scalar_t>
+struct AccOf {
+  using type = scalar_t;
+};
+template <>
+struct AccOf<Bf16> {
+  using type = float;
+};
+
 // How to run body(begin, end) over disjoint ranges that cover 0..count, on the framework's threads.
 struct ThreadPool {
   using Body = void (*)(int64_t begin, int64_t end, void* context);
@@ -48,6 +62,7 @@ struct ThreadPool {
 
 template <typename scalar_t>
 struct SequenceForward {
+  using acc_t = typename AccOf<scalar_t>::type;
   int64_t B, I, H, P;
   Steps steps;
   // inputs
@@ -56,18 +71,18 @@ struct SequenceForward {
   int64_t input_stride_t;  // between steps; 0 when packed: rows follow each other
   const scalar_t* w_ih;    // [G*H, I] or null
   const scalar_t* w_hh;    // [G*H, P]
-  const scalar_t* b_ih;    // [G*H] or null
-  const scalar_t* b_hh;    // [G*H] or null
+  const acc_t* b_ih;       // [G*H] or null
+  const acc_t* b_hh;       // [G*H] or null
   const scalar_t* w_hr;    // [P, H] or null: no projection, P == H
   const scalar_t* h0;      // [B, P]
-  const scalar_t* c0;      // [B, H]; null for cells without c
+  const acc_t* c0;         // [B, H]; null for cells without c
   // outputs
-  scalar_t* output;       // [N, P]
-  scalar_t* h_n;          // [B, P]
-  scalar_t* c_n;          // [B, H]; null for cells without c. Holds the running state
-  scalar_t* saved_gates;  // [N, kSaved*H]; null in inference
-  scalar_t* saved_c;      // [N, H]  c after each step; null in inference and for cells without c
-  scalar_t* saved_m;      // [N, H]  h before the projection; null in inference and without a projection
+  scalar_t* output;    // [N, P]
+  scalar_t* h_n;       // [B, P]
+  acc_t* c_n;          // [B, H]; null for cells without c. Holds the running state
+  acc_t* saved_gates;  // [N, kSaved*H]; null in inference
+  acc_t* saved_c;      // [N, H]  c after each step; null in inference and for cells without c
+  acc_t* saved_m;      // [N, H]  h before the projection; null in inference and without a projection
 };
 
 template <typename scalar_t>
@@ -118,6 +133,9 @@ template <typename scalar_t>
 void weight_gradient_cpu(const WeightGradient<scalar_t>&, const ThreadPool&);
 template <template <typename> class Cell, typename scalar_t>
 void sequence_forward_cpu(const SequenceForward<scalar_t>&, const ThreadPool&);
+// For inference, where best_isa() is avx512_bf16.
+template <template <typename> class Cell>
+void sequence_forward_bf16_cpu(const SequenceForward<Bf16>&, const ThreadPool&);
 template <template <typename> class Cell, typename scalar_t>
 void sequence_backward_cpu(const SequenceBackward<scalar_t>&, const ThreadPool&);
 

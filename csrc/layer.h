@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -10,6 +12,15 @@
 #include "tensor.h"
 
 namespace fastrnn {
+
+// Raises RuntimeError with the parts as its message, without the source line that STD_TORCH_CHECK puts before it.
+template <typename... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 inline std::string shape_of(const Tensor& t) {
   std::string s = "[";
@@ -70,30 +81,30 @@ struct Arguments {
   MaybeTensor batch_sizes;
   bool reverse;
 
-  void check(int gates) {
+  void check_all(int gates) const {
     const ScalarType dtype = input.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-                        dtype == ScalarType::BFloat16,
-                    op, ": expected input of dtype float16, bfloat16, float32 or float64, got ", dtype_name(dtype));
+    check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+              dtype == ScalarType::BFloat16,
+          op, ": expected input of dtype float16, bfloat16, float32 or float64, got ", dtype_name(dtype));
     const int64_t dims = batch_sizes ? 2 : 3;
-    STD_TORCH_CHECK(input.dim() == dims, op, ": expected input of ", dims, " dimensions ",
-                    batch_sizes ? "(packed)" : "(T, B, I)", ", got shape ", shape_of(input));
-    STD_TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(0) % gates == 0 && w_hh.size(1) > 0, op,
-                    ": expected w_hh of shape [", gates, "*H, ", w_hr ? "P" : "H", "], got ", shape_of(w_hh));
+    check(input.dim() == dims, op, ": expected input of ", dims, " dimensions ", batch_sizes ? "(packed)" : "(T, B, I)",
+          ", got shape ", shape_of(input));
+    check(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(0) % gates == 0 && w_hh.size(1) > 0, op,
+          ": expected w_hh of shape [", gates, "*H, ", w_hr ? "P" : "H", "], got ", shape_of(w_hh));
     const int64_t G_H = w_hh.size(0), H = G_H / gates, P = w_hh.size(1), width = input.size(dims - 1);
     if (!w_hr) expect("w_hh", w_hh, {G_H, H});
     if (w_hr) expect("w_hr", *w_hr, {P, H});
     if (w_ih) {
       expect("w_ih", *w_ih, {G_H, width});
     } else {
-      STD_TORCH_CHECK(width == G_H, op, ": expected input to hold x_gates of width ", G_H, " where w_ih is None, got ",
-                      shape_of(input));
-      STD_TORCH_CHECK(!b_ih, op, ": expected b_ih to be None where w_ih is None, got a tensor");
+      check(width == G_H, op, ": expected input to hold x_gates of width ", G_H, " where w_ih is None, got ",
+            shape_of(input));
+      check(!b_ih, op, ": expected b_ih to be None where w_ih is None, got a tensor");
     }
     if (b_ih) expect("b_ih", *b_ih, {G_H});
     if (b_hh) expect("b_hh", *b_hh, {G_H});
     if (batch_sizes) check_batch_sizes();
-    STD_TORCH_CHECK(h0.dim() == 2, op, ": expected h0 of shape [B, ", P, "], got ", shape_of(h0));
+    check(h0.dim() == 2, op, ": expected h0 of shape [B, ", P, "], got ", shape_of(h0));
     const int64_t B = batch_sizes ? h0.size(0) : input.size(1);
     expect("h0", h0, {B, P});
     if (c0) expect("c0", *c0, {B, H});
@@ -102,32 +113,30 @@ struct Arguments {
   void expect(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
     bool same = t.dim() == static_cast<int64_t>(sizes.size());
     for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(static_cast<int64_t>(d)) == sizes[d];
-    STD_TORCH_CHECK(same, op, ": expected ", name, " of shape ", shape_of(sizes), ", got ", shape_of(t));
-    STD_TORCH_CHECK(t.scalar_type() == input.scalar_type(), op, ": expected ", name, " of dtype ",
-                    dtype_name(input.scalar_type()), " like input, got ", dtype_name(t.scalar_type()));
-    STD_TORCH_CHECK(t.device() == input.device(), op, ": expected ", name, " on ", device_name(input),
-                    " like input, got ", device_name(t));
+    check(same, op, ": expected ", name, " of shape ", shape_of(sizes), ", got ", shape_of(t));
+    check(t.scalar_type() == input.scalar_type(), op, ": expected ", name, " of dtype ",
+          dtype_name(input.scalar_type()), " like input, got ", dtype_name(t.scalar_type()));
+    check(t.device() == input.device(), op, ": expected ", name, " on ", device_name(input), " like input, got ",
+          device_name(t));
   }
 
   void check_batch_sizes() const {
     const Tensor& sizes = *batch_sizes;
-    STD_TORCH_CHECK(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1, op,
-                    ": expected batch_sizes of shape [T], dtype int64, on cpu, got shape ", shape_of(sizes), ", dtype ",
-                    dtype_name(sizes.scalar_type()), ", on ", device_name(sizes));
+    check(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1, op,
+          ": expected batch_sizes of shape [T], dtype int64, on cpu, got shape ", shape_of(sizes), ", dtype ",
+          dtype_name(sizes.scalar_type()), ", on ", device_name(sizes));
     const Tensor row = dense(sizes);
     const int64_t* size = row.const_data_ptr<int64_t>();
     int64_t total = 0;
     const int64_t B = h0.dim() > 0 ? h0.size(0) : 0;
     for (int64_t t = 0; t < row.size(0); ++t) {
-      STD_TORCH_CHECK(size[t] > 0, op, ": expected batch_sizes to be positive, got ", size[t], " at step ", t);
+      check(size[t] > 0, op, ": expected batch_sizes to be positive, got ", size[t], " at step ", t);
       const int64_t most = t > 0 ? size[t - 1] : B;
-      STD_TORCH_CHECK(size[t] <= most, op, ": expected batch_sizes ",
-                      t > 0 ? "not to increase" : "of at most the rows of h0", ", got ", size[t],
-                      t > 0 ? " after " : " for ", most);
+      check(size[t] <= most, op, ": expected batch_sizes ", t > 0 ? "not to increase" : "of at most the rows of h0",
+            ", got ", size[t], t > 0 ? " after " : " for ", most);
       total += size[t];
     }
-    STD_TORCH_CHECK(input.size(0) == total, op, ": expected input of sum(batch_sizes) = ", total, " rows, got ",
-                    input.size(0));
+    check(input.size(0) == total, op, ": expected input of sum(batch_sizes) = ", total, " rows, got ", input.size(0));
   }
 };
 

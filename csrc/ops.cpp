@@ -35,10 +35,10 @@ template <template <typename> class Cell, template <template <typename> class> c
 struct Operator {
   using C = Cell<float>;
 
-  static ForwardResult forward(Arguments a, bool save) {
-    a.check(C::kGates);
+  static ForwardResult forward(const Arguments& a, bool save) {
+    a.check_all(C::kGates);
     const ScalarType storage = a.input.scalar_type();
-    const Layer layer(a, C::kGates, Path<Cell>::compute(storage));
+    const Layer layer(a, C::kGates, Path<Cell>::compute(storage, save));
     ForwardResult r = Path<Cell>::forward(layer, save);
     const auto store = [&](const MaybeTensor& t, ScalarType type) -> MaybeTensor {
       if (!t) return std::nullopt;
@@ -59,11 +59,11 @@ struct Operator {
     MaybeTensor c0;
   };
 
-  static Gradients backward(Arguments a, const ForwardResult& saved, const MaybeTensor& d_output,
+  static Gradients backward(const Arguments& a, const ForwardResult& saved, const MaybeTensor& d_output,
                             const MaybeTensor& d_h_n, const MaybeTensor& d_c_n, bool need_input, bool need_weights) {
-    a.check(C::kGates);
+    a.check_all(C::kGates);
     const ScalarType storage = a.input.scalar_type();
-    const Layer layer(a, C::kGates, Path<Cell>::compute(storage));
+    const Layer layer(a, C::kGates, Path<Cell>::compute(storage, true));
     const GateGradients g = Path<Cell>::backward(layer, saved, d_output, d_h_n, d_c_n);
     const auto store = [&](const Tensor& t) { return to_dtype(t, storage); };
 

@@ -19,11 +19,13 @@ namespace fastrnn {
 FASTRNN_DECLARE(portable)
 FASTRNN_DECLARE(avx2)
 FASTRNN_DECLARE(avx512)
+FASTRNN_DECLARE(avx512_bf16)
 #undef FASTRNN_DECLARE
 
 #if defined(__x86_64__)
 #define FASTRNN_DISPATCH(function)        \
   switch (best_isa()) {                   \
+    case Isa::avx512_bf16:                \
     case Isa::avx512:                     \
       return avx512::function(p, pool);   \
     case Isa::avx2:                       \
@@ -43,6 +45,12 @@ template <template <typename> class Cell, typename scalar_t>
 void sequence_backward_cpu(const SequenceBackward<scalar_t>& p, const ThreadPool& pool) {
   FASTRNN_DISPATCH(sequence_backward<Cell>)
 }
+template <template <typename> class Cell>
+void sequence_forward_bf16_cpu(const SequenceForward<Bf16>& p, const ThreadPool& pool) {
+#if defined(__x86_64__)
+  avx512_bf16::sequence_forward<Cell>(p, pool);
+#endif
+}
 template <typename scalar_t>
 void input_gradient_cpu(const InputGradient<scalar_t>& p, const ThreadPool& pool) {
   FASTRNN_DISPATCH(input_gradient)
@@ -56,10 +64,11 @@ template void input_gradient_cpu(const InputGradient<float>&, const ThreadPool&)
 template void input_gradient_cpu(const InputGradient<double>&, const ThreadPool&);
 template void weight_gradient_cpu(const WeightGradient<float>&, const ThreadPool&);
 template void weight_gradient_cpu(const WeightGradient<double>&, const ThreadPool&);
-#define FASTRNN_INSTANTIATE(name, Cell)                                                         \
-  template void sequence_forward_cpu<Cell>(const SequenceForward<float>&, const ThreadPool&);   \
-  template void sequence_forward_cpu<Cell>(const SequenceForward<double>&, const ThreadPool&);  \
-  template void sequence_backward_cpu<Cell>(const SequenceBackward<float>&, const ThreadPool&); \
+#define FASTRNN_INSTANTIATE(name, Cell)                                                           \
+  template void sequence_forward_bf16_cpu<Cell>(const SequenceForward<Bf16>&, const ThreadPool&); \
+  template void sequence_forward_cpu<Cell>(const SequenceForward<float>&, const ThreadPool&);     \
+  template void sequence_forward_cpu<Cell>(const SequenceForward<double>&, const ThreadPool&);    \
+  template void sequence_backward_cpu<Cell>(const SequenceBackward<float>&, const ThreadPool&);   \
   template void sequence_backward_cpu<Cell>(const SequenceBackward<double>&, const ThreadPool&);
 FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE)
 #undef FASTRNN_INSTANTIATE

@@ -10,15 +10,17 @@ namespace fastrnn::FASTRNN_ISA {
 // Bytes of input gates per chunk and thread: half of a usual L2, the other half is for the weights.
 inline constexpr int64_t kChunkBytes = 512 * 1024;
 
-template <template <typename> class CellOf, typename T>
+// S: the type that rows and weights are stored in. Sums, gates and c are of type T.
+template <template <typename> class CellOf, typename S>
 class Forward {
  public:
+  using T = typename AccOf<S>::type;
   using V = Vec<T>;
   using Cell = CellOf<V>;
   using Gates = PanelShape<T, Cell::kGates>;
   using Projection = PanelShape<T, 1>;
 
-  Forward(const SequenceForward<T>& p, const ThreadPool& pool)
+  Forward(const SequenceForward<S>& p, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
         plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads})),
@@ -26,7 +28,7 @@ class Forward {
 
   void run() {
     pack();
-    if (p_.w_hr) m_ = Buffer<T>(p_.B * p_.H);
+    if (p_.w_hr) m_ = Buffer<S>(p_.B * p_.H);
     if (plan_.split == Split::units) {
       lanes_.emplace_back(*this, 0, p_.B, plan_.threads);
       Team team(plan_.threads);
@@ -52,14 +54,14 @@ class Forward {
   struct Lane {
     int64_t begin, end;           // rows of the batch
     int64_t chunk_steps;          // steps whose input gates are made at a time
-    std::vector<const T*> input;  // every input row of the lane, in the order of the run
+    std::vector<const S*> input;  // every input row of the lane, in the order of the run
     Buffer<T> x_gates;            // [panels, rows of a chunk, G*kBlock]
 
     Lane(const Forward& f, int64_t row_begin, int64_t row_end, int threads) : begin(row_begin), end(row_end) {
-      const SequenceForward<T>& p = f.p_;
+      const SequenceForward<S>& p = f.p_;
       for (int64_t s = 0; s < p.steps.T; ++s) {
         const int64_t t = p.steps.time(s);
-        const T* first = p.input + (p.input_stride_t ? t * p.input_stride_t : p.steps.row_begin[t] * p.input_stride);
+        const S* first = p.input + (p.input_stride_t ? t * p.input_stride_t : p.steps.row_begin[t] * p.input_stride);
         for (int64_t b = begin; b < std::min(end, p.steps.count(s)); ++b) input.push_back(first + b * p.input_stride);
       }
       const int64_t step_bytes = (end - begin) * f.panels_ * Gates::kColumns * static_cast<int64_t>(sizeof(T));
@@ -104,43 +106,50 @@ class Forward {
     copy_columns(p_.h0, p_.h_n, p_.P, lane.begin, lane.end, units);
     for (int64_t s = 0; s < p_.steps.T; ++s) {
       const int64_t ended = std::max(lane.begin, p_.steps.count(s + 1));
-      const T* h = p_.output + p_.steps.row_begin[p_.steps.time(s)] * p_.P;
+      const S* h = p_.output + p_.steps.row_begin[p_.steps.time(s)] * p_.P;
       copy_columns(h, p_.h_n, p_.P, ended, lane.begin + lane.count(p_.steps, s), units);
     }
   }
 
-  static void copy_columns(const T* from, T* to, int64_t width, int64_t row_begin, int64_t row_end,
+  template <typename U>
+  static void copy_columns(const U* from, U* to, int64_t width, int64_t row_begin, int64_t row_end,
                            std::pair<int64_t, int64_t> columns) {
     for (int64_t b = row_begin; b < row_end; ++b) {
       std::copy(from + b * width + columns.first, from + b * width + columns.second, to + b * width + columns.first);
     }
   }
 
+  // K rounded up to whole words of the packed weights.
+  static int64_t padded(int64_t K) {
+    constexpr int64_t kDepth = Multiply<S>::kDepth;
+    return (K + kDepth - 1) / kDepth * kDepth;
+  }
+
   void pack() {
     if (p_.steps.row_begin[p_.steps.T] < kRowsWorthPacking) return;
-    packed_hh_ = Buffer<T>(panels_ * p_.P * Gates::kColumns);
-    if (p_.w_ih) packed_ih_ = Buffer<T>(panels_ * p_.I * Gates::kColumns);
+    packed_hh_ = Buffer<S>(panels_ * padded(p_.P) * Gates::kColumns);
+    if (p_.w_ih) packed_ih_ = Buffer<S>(panels_ * padded(p_.I) * Gates::kColumns);
     bias_ih_ = pack_bias(p_.w_ih ? p_.b_ih : nullptr);
     bias_hh_ = pack_bias(p_.b_hh);
     in_parallel(plan_.threads > 1 ? pool_ : kOneThread, panels_, [&](int64_t begin, int64_t end) {
-      pack_gates<T, Cell::kGates>(p_.w_hh, p_.H, p_.P, begin, end, packed_hh_.get());
-      if (p_.w_ih) pack_gates<T, Cell::kGates>(p_.w_ih, p_.H, p_.I, begin, end, packed_ih_.get());
+      pack_gates<S, Cell::kGates>(p_.w_hh, p_.H, p_.P, begin, end, packed_hh_.get());
+      if (p_.w_ih) pack_gates<S, Cell::kGates>(p_.w_ih, p_.H, p_.I, begin, end, packed_ih_.get());
     });
     if (p_.w_hr) {
-      packed_hr_ = Buffer<T>(Projection::panels(p_.P) * p_.H * Projection::kColumns);
-      pack_gates<T, 1>(p_.w_hr, p_.P, p_.H, 0, Projection::panels(p_.P), packed_hr_.get());
+      packed_hr_ = Buffer<S>(Projection::panels(p_.P) * padded(p_.H) * Projection::kColumns);
+      pack_gates<S, 1>(p_.w_hr, p_.P, p_.H, 0, Projection::panels(p_.P), packed_hr_.get());
     }
   }
 
   // out [count, G*kBlock] = bias + rows * the panel of w [G*units, K], packed or not.
   template <typename Shape>
-  static void times(const T* w, const T* bias, const Buffer<T>& packed, const Buffer<T>& packed_bias, int64_t units,
-                    int64_t K, int64_t panel, int count, const T* const* rows, T* out) {
+  static void times(const S* w, const T* bias, const Buffer<S>& packed, const Buffer<T>& packed_bias, int64_t units,
+                    int64_t K, int64_t panel, int count, const S* const* rows, T* out) {
     if (packed.get()) {
-      product<T, Shape::kVectors>(count, K, rows, packed.get() + panel * K * Shape::kColumns,
+      product<S, Shape::kVectors>(count, K, rows, packed.get() + panel * padded(K) * Shape::kColumns,
                                   packed_bias.get() ? packed_bias.get() + panel * Shape::kColumns : nullptr, out);
     } else {
-      product_unpacked<T, Shape::kGates>(count, K, rows, w, bias, units, panel, out);
+      product_unpacked<S, Shape::kGates>(count, K, rows, w, bias, units, panel, out);
     }
   }
 
@@ -152,7 +161,7 @@ class Forward {
   }
 
   struct Chunk {
-    const T* const* input;  // [rows]
+    const S* const* input;  // [rows]
     int64_t rows;
     T* x_gates;  // [panels, rows, G*kBlock]
   };
@@ -169,29 +178,36 @@ class Forward {
   void step(const Lane& lane, int64_t s, int64_t panel, int64_t in_chunk, const Chunk& chunk) const {
     const int64_t end = lane.begin + lane.count(p_.steps, s);
     const int64_t started = std::clamp(p_.steps.count(s - 1), lane.begin, end);
-    const T* before = s > 0 ? p_.output + p_.steps.row_begin[p_.steps.time(s - 1)] * p_.P : nullptr;
+    const S* before = s > 0 ? p_.output + p_.steps.row_begin[p_.steps.time(s - 1)] * p_.P : nullptr;
     const int64_t first_row = p_.steps.row_begin[p_.steps.time(s)];
     constexpr int kRows = kTileRows<Gates::kVectors>;
-    const auto tile = [&](const T* h_prev, int64_t b, int count) {
+    const auto tile = [&](const S* h_prev, int64_t b, int count) {
       const int64_t chunk_row = in_chunk + b - lane.begin;
       alignas(64) T h_gates[kRows * Gates::kColumns];
-      const T* h_rows[kMaxTileRows];
+      const S* h_rows[kMaxTileRows];
       for (int r = 0; r < count; ++r) h_rows[r] = h_prev + (b + r) * p_.P;
       times<Gates>(p_.w_hh, p_.b_hh, packed_hh_, bias_hh_, p_.H, p_.P, panel, count, h_rows, h_gates);
       for (int r = 0; r < count; ++r) {
-        const T* x_gates = p_.w_ih ? chunk.x_gates + (panel * chunk.rows + chunk_row + r) * Gates::kColumns
-                                   : chunk.input[chunk_row + r] + panel * Gates::kBlock;
-        update(panel, b + r, first_row + b + r, x_gates, h_gates + r * Gates::kColumns, h_rows[r]);
+        const int64_t row = chunk_row + r;
+        const T* h_gates_row = h_gates + r * Gates::kColumns;
+        if (p_.w_ih) {
+          const T* x_gates = chunk.x_gates + (panel * chunk.rows + row) * Gates::kColumns;
+          update(panel, b + r, first_row + b + r, x_gates, Gates::kBlock, h_gates_row, h_rows[r]);
+        } else {
+          const S* x_gates = chunk.input[row] + panel * Gates::kBlock;
+          update(panel, b + r, first_row + b + r, x_gates, p_.H, h_gates_row, h_rows[r]);
+        }
       }
     };
     for_each_tile(lane.begin, started, kRows, [&](int64_t b, int count) { tile(before, b, count); });
     for_each_tile(started, end, kRows, [&](int64_t b, int count) { tile(p_.h0, b, count); });
   }
 
-  // The cell, for one row and the units of one panel. `row` is b's row at this step.
-  void update(int64_t panel, int64_t b, int64_t row, const T* x_gates, const T* h_gates, const T* h_prev) const {
-    const int64_t x_stride = p_.w_ih ? Gates::kBlock : p_.H;  // between gates
-    T* h_next = p_.w_hr ? m_.get() + b * p_.H : p_.output + row * p_.P;
+  // The cell, for one row and the units of one panel. `row` is b's row at this step, x_stride lies between gates.
+  template <typename X>
+  void update(int64_t panel, int64_t b, int64_t row, const X* x_gates, int64_t x_stride, const T* h_gates,
+              const S* h_prev) const {
+    S* h_next = p_.w_hr ? m_.get() + b * p_.H : p_.output + row * p_.P;
     for (int u = 0; u < Gates::kVectorsPerGate; ++u) {
       const int64_t at = u * kWidth<T>;
       const int64_t j = panel * Gates::kBlock + at;
@@ -227,29 +243,31 @@ class Forward {
     for (int64_t panel = 0; panel < Projection::panels(p_.P); ++panel) {
       const int64_t j0 = panel * Projection::kBlock;
       for_each_tile(begin, end, kRows, [&](int64_t b0, int count) {
-        const T* rows[kMaxTileRows];
+        const S* rows[kMaxTileRows];
         for (int r = 0; r < count; ++r) rows[r] = m_.get() + (b0 + r) * p_.H;
         alignas(64) T h[kRows * Projection::kColumns];
         times<Projection>(p_.w_hr, nullptr, packed_hr_, {}, p_.P, p_.H, panel, count, rows, h);
         for (int r = 0; r < count; ++r) {
-          const T* from = h + r * Projection::kColumns;
-          std::copy(from, from + std::min<int64_t>(Projection::kBlock, p_.P - j0),
-                    p_.output + (first_row + b0 + r) * p_.P + j0);
+          for (int64_t j = 0; j < std::min<int64_t>(Projection::kBlock, p_.P - j0); j += kWidth<T>) {
+            const int lanes = static_cast<int>(std::min<int64_t>(kWidth<T>, p_.P - j0 - j));
+            S* to = p_.output + (first_row + b0 + r) * p_.P + j0 + j;
+            store(to, load(h + r * Projection::kColumns + j), lanes);
+          }
         }
       });
     }
   }
 
-  const SequenceForward<T>& p_;
+  const SequenceForward<S>& p_;
   const ThreadPool& pool_;
   const CpuPlan plan_;
   const int64_t panels_;
-  Buffer<T> packed_ih_;  // [panels, I, G*kBlock]
-  Buffer<T> packed_hh_;  // [panels, P, G*kBlock]
-  Buffer<T> packed_hr_;  // [panels of P, H, kBlock]
+  Buffer<S> packed_ih_;  // [panels, I, G*kBlock]
+  Buffer<S> packed_hh_;  // [panels, P, G*kBlock]
+  Buffer<S> packed_hr_;  // [panels of P, H, kBlock]
   Buffer<T> bias_ih_;    // [panels, G*kBlock]
   Buffer<T> bias_hh_;    // [panels, G*kBlock]
-  Buffer<T> m_;          // [B, H]  h before the projection
+  Buffer<S> m_;          // [B, H]  h before the projection
   std::vector<Lane> lanes_;
 };
 

@@ -7,10 +7,12 @@
 
 namespace fastrnn {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
 inline const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -20,7 +22,8 @@ inline const char* isa_name(Isa isa) {
   }
 }
 
-// The best set that processor and operating system support; FASTRNN_ISA=portable|avx2|avx512 lowers it (never raises).
+// The best set that processor and operating system support; FASTRNN_ISA, one of the names above, lowers it (never
+// raises).
 inline Isa best_isa() {
   static const Isa isa = [] {
     Isa best = Isa::portable;
@@ -29,11 +32,11 @@ inline Isa best_isa() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
-      best = Isa::avx512;
+      best = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
     }
 #endif
     if (const char* wanted = std::getenv("FASTRNN_ISA")) {
-      for (Isa lower : {Isa::portable, Isa::avx2}) {
+      for (Isa lower : {Isa::portable, Isa::avx2, Isa::avx512}) {
         if (lower < best && std::strcmp(wanted, isa_name(lower)) == 0) return lower;
       }
     }

@@ -7,6 +7,10 @@ template <template <typename> class Cell, typename scalar_t>
 void sequence_forward(const SequenceForward<scalar_t>& p, const ThreadPool& pool) {
   Forward<Cell, scalar_t>(p, pool).run();
 }
+#if defined(FASTRNN_BF16)
+#define FASTRNN_INSTANTIATE(name, Cell) \
+  template void sequence_forward<Cell>(const SequenceForward<Bf16>&, const ThreadPool&);
+#else
 template <template <typename> class Cell, typename scalar_t>
 void sequence_backward(const SequenceBackward<scalar_t>& p, const ThreadPool& pool) {
   Backward<Cell, scalar_t>(p, pool).run();
@@ -25,6 +29,7 @@ template void weight_gradient(const WeightGradient<double>&, const ThreadPool&);
   template void sequence_forward<Cell>(const SequenceForward<double>&, const ThreadPool&);  \
   template void sequence_backward<Cell>(const SequenceBackward<float>&, const ThreadPool&); \
   template void sequence_backward<Cell>(const SequenceBackward<double>&, const ThreadPool&);
+#endif
 FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE)
 #undef FASTRNN_INSTANTIATE
 

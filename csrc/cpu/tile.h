@@ -4,7 +4,11 @@
 //   FASTRNN_ISA           the namespace
 //   FASTRNN_VECTOR_BYTES  the width of a vector register
 //   FASTRNN_REGISTERS     how many there are
+//   FASTRNN_BF16          if there is an instruction that multiplies pairs of bfloat16
 // and includes the standard headers before it switches the instruction set on.
+
+// Inlined wherever it is called, or the sums would leave the registers.
+#define FASTRNN_INLINE __attribute__((always_inline))
 
 namespace fastrnn::FASTRNN_ISA {
 
@@ -40,6 +44,50 @@ FASTRNN_HD void store(T* to, Vec<T> v, int lanes) {
   if (lanes >= kWidth<T>) return store(to, v);
   for (int i = 0; i < lanes; ++i) to[i] = v[i];
 }
+
+// How elements of type S are multiplied. An element group of kDepth values of K fills one lane, and a Word of them is
+// what a lane of a packed panel holds.
+template <typename S>
+struct Multiply {
+  using T = S;
+  using Word = S;
+  static constexpr int kDepth = 1;
+  FASTRNN_HD static Vec<T> repeat(const S* x, int64_t /*count*/) { return broadcast<Vec<T>>(*x); }
+  FASTRNN_HD static void add(Vec<T>& sum, Vec<Word> x, Vec<Word> w) { sum += x * w; }
+};
+
+template <typename S>
+using Sum = typename Multiply<S>::T;
+
+#if defined(FASTRNN_BF16)
+template <>
+struct Multiply<Bf16> {
+  using T = float;
+  using Word = int32_t;
+  static constexpr int kDepth = 2;
+  FASTRNN_HD static Vec<Word> repeat(const Bf16* x, int64_t count) {
+    Word pair = x[0].bits;
+    if (count > 1) std::memcpy(&pair, x, sizeof pair);
+    return Vec<Word>{} + pair;
+  }
+  FASTRNN_HD static void add(Vec<T>& sum, Vec<Word> x, Vec<Word> w) {
+    sum = (Vec<T>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+  }
+};
+
+// Rows of bfloat16 as vectors of float.
+FASTRNN_HD Vec<float> load(const Bf16* from, int lanes) {
+  typedef uint16_t Half __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
+  Half half{};
+  std::memcpy(&half, from, sizeof(Bf16) * std::min(lanes, kWidth<float>));
+  return bit_cast<Vec<float>>(__builtin_convertvector(half, Vec<int32_t>) << 16);
+}
+// Rounds to nearest even; NaN stays NaN.
+FASTRNN_HD void store(Bf16* to, Vec<float> v, int lanes) {
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(to, &half, sizeof(Bf16) * std::min(lanes, kWidth<float>));
+}
+#endif
 
 // A tile is a few rows times one panel: kVectors vectors of columns. Its sums stay in registers; what is left of them
 // holds one row of the panel and a broadcast.
@@ -80,29 +128,38 @@ FASTRNN_HD void transpose(Vec<T> (&square)[kWidth<T>]) {
   if constexpr (kHalf > 1) transpose<T, kHalf / 2>(square);
 }
 
-// Packs the panels [begin, end) of w [G*units, K], so that a product reads them front to back: [panel][K][G][kBlock],
-// with zeros past the last unit.
-template <typename T, int kGates>
-void pack_gates(const T* w, int64_t units, int64_t K, int64_t begin, int64_t end, T* packed) {
-  using Shape = PanelShape<T, kGates>;
-  constexpr int kW = kWidth<T>;
+// Packs the panels [begin, end) of w [G*units, K], so that a product reads them front to back: [panel][K /
+// kDepth][G][kBlock] words, with zeros past the last unit and past K.
+template <typename S, int kGates>
+void pack_gates(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end, S* packed) {
+  using Word = typename Multiply<S>::Word;
+  using Shape = PanelShape<Word, kGates>;
+  constexpr int kW = kWidth<Word>, kDepth = Multiply<S>::kDepth;
+  const int64_t words = (K + kDepth - 1) / kDepth;
   for (int64_t panel = begin; panel < end; ++panel) {
-    T* to = packed + panel * K * Shape::kColumns;
+    S* to = packed + panel * words * Shape::kColumns * kDepth;
     for (int64_t column = 0; column < Shape::kColumns; column += kW) {
       const int64_t g = column / Shape::kBlock, unit = panel * Shape::kBlock + column % Shape::kBlock;
       const int64_t here = std::clamp<int64_t>(units - unit, 0, kW);
-      const T* from = w + (g * units + unit) * K;
-      int64_t k = 0;
-      for (; here == kW && k + kW <= K; k += kW) {
-        Vec<T> square[kW];
+      const S* from = w + (g * units + unit) * K;
+      int64_t k = 0;  // in words
+      for (; here == kW && (k + kW) * kDepth <= K; k += kW) {
+        Vec<Word> square[kW];
 #pragma GCC unroll 16
-        for (int j = 0; j < kW; ++j) square[j] = load(from + j * K + k);
-        transpose<T>(square);
+        for (int j = 0; j < kW; ++j) std::memcpy(&square[j], from + j * K + k * kDepth, sizeof square[j]);
+        transpose<Word>(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < kW; ++i) store(to + (k + i) * Shape::kColumns + column, square[i]);
+        for (int i = 0; i < kW; ++i) {
+          std::memcpy(to + ((k + i) * Shape::kColumns + column) * kDepth, &square[i], sizeof square[i]);
+        }
       }
-      for (; k < K; ++k) {
-        for (int64_t j = 0; j < kW; ++j) to[k * Shape::kColumns + column + j] = j < here ? from[j * K + k] : T(0);
+      for (; k < words; ++k) {
+        for (int64_t j = 0; j < kW; ++j) {
+          for (int64_t d = 0; d < kDepth; ++d) {
+            const bool there = j < here && k * kDepth + d < K;
+            to[(k * Shape::kColumns + column + j) * kDepth + d] = there ? from[j * K + k * kDepth + d] : S{};
+          }
+        }
       }
     }
   }
@@ -124,10 +181,13 @@ void pack_columns(const T* w, int64_t units, int64_t K, int64_t begin, int64_t e
   }
 }
 
-// out [kRows, kVectors*W] = start + rows [kRows, K] * panel [K, kVectors*W], the rows of the panel `stride` apart.
-// start: one row for all, or null for zero.
-template <typename T, int kVectors, int kRows>
-void product_exact(int64_t K, const T* const* rows, const T* panel, int64_t stride, const T* start, T* out) {
+// out [kRows, kVectors*W] = start + rows [kRows, K] * panel [K, kVectors*W], the rows of the panel `stride` elements
+// apart. start: one row for all, or null for zero.
+template <typename S, int kVectors, int kRows>
+void product_exact(int64_t K, const S* const* rows, const S* panel, int64_t stride, const Sum<S>* start, Sum<S>* out) {
+  using M = Multiply<S>;
+  using T = Sum<S>;
+  using Words = Vec<typename M::Word>;
   constexpr int kW = kWidth<T>;
   // Few sums would wait for each other: even and odd k get sums of their own.
   constexpr int kChains = kRows * kVectors >= 8 ? 1 : 2;
@@ -140,35 +200,29 @@ void product_exact(int64_t K, const T* const* rows, const T* panel, int64_t stri
       if constexpr (kChains == 2) sum[1][r][v] = Vec<T>{};
     }
   }
-  const T* row[kRows];
+  const S* row[kRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) row[r] = rows[r];
 
-  int64_t k = 0;
-  for (; k + kChains <= K; k += kChains) {
+  const auto add = [&](int c, int64_t word, int64_t depth) FASTRNN_INLINE {
+    Words w[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&w[v], panel + word * stride + v * kW * M::kDepth, sizeof w[v]);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Words x = M::repeat(row[r] + word * M::kDepth, depth);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) M::add(sum[c][r][v], x, w[v]);
+    }
+  };
+  const int64_t words = K / M::kDepth;
+  int64_t word = 0;
+  for (; word + kChains <= words; word += kChains) {
 #pragma GCC unroll 2
-    for (int c = 0; c < kChains; ++c) {
-      Vec<T> w[kVectors];
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) w[v] = load(panel + (k + c) * stride + v * kW);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec<T> x = broadcast<Vec<T>>(row[r][k + c]);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sum[c][r][v] += x * w[v];
-      }
-    }
+    for (int c = 0; c < kChains; ++c) add(c, word + c, M::kDepth);
   }
-  if constexpr (kChains == 2) {
-    if (k < K) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec<T> x = broadcast<Vec<T>>(row[r][k]);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sum[0][r][v] += x * load(panel + k * stride + v * kW);
-      }
-    }
-  }
+  for (; word < words; ++word) add(0, word, M::kDepth);
+  if (words * M::kDepth < K) add(0, words, K - words * M::kDepth);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
@@ -179,54 +233,62 @@ void product_exact(int64_t K, const T* const* rows, const T* panel, int64_t stri
   }
 }
 
-template <typename T, int kVectors, int kRows = kTileRows<kVectors>>
-void product(int count, int64_t K, const T* const* rows, const T* panel, int64_t stride, const T* start, T* out) {
+template <typename S, int kVectors, int kRows = kTileRows<kVectors>>
+void product(int count, int64_t K, const S* const* rows, const S* panel, int64_t stride, const Sum<S>* start,
+             Sum<S>* out) {
   if (count == kRows) {
-    product_exact<T, kVectors, kRows>(K, rows, panel, stride, start, out);
+    product_exact<S, kVectors, kRows>(K, rows, panel, stride, start, out);
   } else if constexpr (kRows > 1) {
-    product<T, kVectors, kRows - 1>(count, K, rows, panel, stride, start, out);
+    product<S, kVectors, kRows - 1>(count, K, rows, panel, stride, start, out);
   }
 }
 // With a packed panel.
-template <typename T, int kVectors>
-void product(int count, int64_t K, const T* const* rows, const T* panel, const T* start, T* out) {
-  product<T, kVectors>(count, K, rows, panel, kVectors * kWidth<T>, start, out);
+template <typename S, int kVectors>
+void product(int count, int64_t K, const S* const* rows, const S* panel, const Sum<S>* start, Sum<S>* out) {
+  product<S, kVectors>(count, K, rows, panel, kVectors * kWidth<Sum<S>> * Multiply<S>::kDepth, start, out);
 }
 
 // Weights that serve fewer rows than this in a whole launch are read where they are: packing them would cost more.
 inline constexpr int64_t kRowsWorthPacking = 16;
 
 // The dot products of x [K] with the rows of w [count, K], count <= W. Lanes past count repeat the last one.
-template <typename T>
-FASTRNN_HD Vec<T> dots(int64_t K, const T* x, const T* w, int64_t count) {
+template <typename S, typename T = typename Multiply<S>::T>
+FASTRNN_HD Vec<T> dots(int64_t K, const S* x, const S* w, int64_t count) {
+  using M = Multiply<S>;
+  using Words = Vec<typename M::Word>;
   constexpr int kW = kWidth<T>;
   Vec<T> sums[kW];
 #pragma GCC unroll 16
   for (int j = 0; j < kW; ++j) sums[j] = Vec<T>{};
-  const T* row[kW];
+  const S* row[kW];
 #pragma GCC unroll 16
   for (int j = 0; j < kW; ++j) row[j] = w + std::min<int64_t>(j, count - 1) * K;
-  int64_t k = 0;
-  for (; k + kW <= K; k += kW) {
-    const Vec<T> v = load(x + k);
+  const auto add = [&](int64_t k, size_t bytes) FASTRNN_INLINE {
+    Words v{}, u{};
+    std::memcpy(&v, x + k, bytes);
 #pragma GCC unroll 16
-    for (int j = 0; j < kW; ++j) sums[j] += v * load(row[j] + k);
-  }
+    for (int j = 0; j < kW; ++j) {
+      std::memcpy(&u, row[j] + k, bytes);
+      M::add(sums[j], v, u);
+    }
+  };
+  constexpr int64_t kStep = kW * M::kDepth;
+  int64_t k = 0;
+  for (; k + kStep <= K; k += kStep) add(k, sizeof(Words));
+  if (k < K) add(k, (K - k) * sizeof(S));
   transpose<T>(sums);
   Vec<T> sum = sums[0];
 #pragma GCC unroll 16
   for (int i = 1; i < kW; ++i) sum += sums[i];
-  for (; k < K; ++k) {
-    for (int j = 0; j < kW; ++j) sum[j] += x[k] * row[j][k];
-  }
   return sum;
 }
 
 // A product with panel `panel` of w [G*units, K] as it is, with its bias [G*units] or null: what product() gives for
 // the packed panel.
-template <typename T, int kGates>
-void product_unpacked(int count, int64_t K, const T* const* rows, const T* w, const T* bias, int64_t units,
-                      int64_t panel, T* out) {
+template <typename S, int kGates>
+void product_unpacked(int count, int64_t K, const S* const* rows, const S* w, const Sum<S>* bias, int64_t units,
+                      int64_t panel, Sum<S>* out) {
+  using T = Sum<S>;
   using Shape = PanelShape<T, kGates>;
   for (int64_t column = 0; column < Shape::kColumns; column += kWidth<T>) {
     const int64_t g = column / Shape::kBlock, unit = panel * Shape::kBlock + column % Shape::kBlock;
