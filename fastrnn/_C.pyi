@@ -20,7 +20,7 @@ cuda_version: str | None
 cuda_archs: str | None
 """GPU architectures that the kernels were compiled for, in torch's syntax, None without CUDA."""
 
-def isa() -> Literal["portable", "avx2", "avx512"]:
+def isa() -> Literal["portable", "avx2", "avx512", "avx512_bf16"]:
     """Instruction set that the CPU kernels run with."""
 
 class CpuPlan:

@@ -58,7 +58,7 @@ def test_facts_agree_with_the_package() -> None:
 
 
 def test_isa_can_be_lowered_and_not_raised() -> None:
-    order = ["portable", "avx2", "avx512"]
+    order = ["portable", "avx2", "avx512", "avx512_bf16"]
     chosen = {
         wanted: run_python("-c", "from fastrnn import _C; print(_C.isa())", FASTRNN_ISA=wanted).stdout.strip()
         for wanted in ["", *order]
