@@ -120,19 +120,18 @@ __device__ __forceinline__ T* map_shared_rank(T* pointer, unsigned rank) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Memory order. Flags are uint32_t in global memory, or, at cluster scope, in shared memory of any block of the
-// cluster.
+// Memory order. At gpu scope flags lie in global memory; at cluster scope also in shared memory of any of its blocks.
 
 __device__ __forceinline__ uint32_t ld_acquire_gpu(const uint32_t* flag) {
   uint32_t value;
-  asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(flag)) : "memory");
   return value;
 }
 __device__ __forceinline__ void st_release_gpu(uint32_t* flag, uint32_t value) {
-  asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(flag)), "r"(value) : "memory");
 }
 __device__ __forceinline__ void red_add_release_gpu(uint32_t* flag, uint32_t value) {
-  asm volatile("red.release.gpu.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(flag)), "r"(value) : "memory");
 }
 __device__ __forceinline__ uint32_t ld_acquire_cluster(const uint32_t* flag) {  // (sm_90)
   uint32_t value = 0;
@@ -145,13 +144,17 @@ __device__ __forceinline__ void st_release_cluster(uint32_t* flag, uint32_t valu
 __device__ __forceinline__ void red_add_release_cluster(uint32_t* flag, uint32_t value) {  // (sm_90)
   FASTRNN_ASM_SM90("red.release.cluster.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
+// Between two threads: before the relaxed store of one and after the relaxed load of the other that sees it. Cheaper
+// than
+// __threadfence, which is sequentially consistent as well.
+__device__ __forceinline__ void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Polling: the value as it is in memory, in one piece, ordering nothing else. 16 bytes in one piece let data carry
 // their own flag: the reader polls until the step number inside is right. Addresses in global memory, aligned to their
 // size.
 __device__ __forceinline__ uint32_t ld_relaxed_gpu(const uint32_t* address) {
   uint32_t value;
-  asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(address)) : "memory");
   return value;
 }
 __device__ __forceinline__ uint4 ld_relaxed_gpu(const uint4* address) {
@@ -167,7 +170,7 @@ __device__ __forceinline__ uint4 ld_relaxed_gpu(const uint4* address) {
           static_cast<uint32_t>(high >> 32)};
 }
 __device__ __forceinline__ void st_relaxed_gpu(uint32_t* address, uint32_t value) {
-  asm volatile("st.relaxed.gpu.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(value) : "memory");
 }
 __device__ __forceinline__ void st_relaxed_gpu(uint4* address, uint4 value) {
   const uint64_t low = uint64_t{value.y} << 32 | value.x;
@@ -407,13 +410,15 @@ namespace fastrnn {
 // Compositions
 
 // Every thread of every block of a cooperative launch with one-dimensional blocks. `arrived` is 0 before the launch and
-// only grows: the n-th barrier of the launch, from 1, has target n * (number of blocks).
+// only grows: the n-th barrier of the launch, from 1, has target n * (number of blocks). The polls are relaxed, with
+// one fence after them: an acquiring load throws the multiprocessor's L1 cache away each time.
 __device__ __forceinline__ void grid_barrier(uint32_t* arrived, uint32_t target) {
   __syncthreads();
   if (threadIdx.x == 0) {
     red_add_release_gpu(arrived, 1);
-    while (static_cast<int32_t>(ld_acquire_gpu(arrived) - target) < 0) {
+    while (static_cast<int32_t>(ld_relaxed_gpu(arrived) - target) < 0) {
     }
+    fence_acq_rel_gpu();
   }
   __syncthreads();
 }

@@ -20,7 +20,7 @@ static_assert(kState * sizeof(__nv_bfloat16) == kThreads * 16, "a thread copies 
 
 enum class Exchange {
   kGridBarrier,     // h in global memory, one counter with release and acquire
-  kGridFences,      // the same with relaxed accesses and __threadfence
+  kGridFences,      // the same with relaxed accesses and fences
   kClusterBarrier,  // h in distributed shared memory
   kMbarrier,        // the same, each block told by arrivals at its mbarrier
   kBulkCopy,        // the same, a slice at a time by asynchronous copies
@@ -131,7 +131,7 @@ __device__ __forceinline__ void wait_for_grid(const Params& p, uint32_t target) 
   } else {
     __syncthreads();
     if (threadIdx.x == 0) {
-      if (exchange == Exchange::kGridFences && fault != Fault::kNoFence) __threadfence();
+      if (exchange == Exchange::kGridFences && fault != Fault::kNoFence) fence_acq_rel_gpu();
       atomicAdd(p.arrived, 1u);
       if (exchange == Exchange::kGridBarrier) {
         while (ld_acquire_gpu(p.arrived) < target) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ void wait_for_grid(const Params& p, uint32_t target) 
       } else {
         while (ld_relaxed_gpu(p.arrived) < target) {
         }
-        __threadfence();
+        fence_acq_rel_gpu();
       }
     }
     __syncthreads();

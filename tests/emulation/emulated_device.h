@@ -89,6 +89,8 @@ inline void red_add_release_cluster(uint32_t* flag, uint32_t value) {
   emulation::red_add_release(flag, value, emulation::Scope::kCluster);
 }
 
+inline void fence_acq_rel_gpu(FASTRNN_WHERE) { emulation::fence(where); }
+
 inline uint32_t ld_relaxed_gpu(const uint32_t* address, FASTRNN_WHERE) {
   emulation::poll(where);
   const uint32_t value = __atomic_load_n(address, __ATOMIC_RELAXED);

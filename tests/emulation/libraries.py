@@ -65,10 +65,18 @@ def compiler() -> str:
     return cxx
 
 
-def cuda_headers() -> Path:
+def cuda_homes() -> list[Path]:
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
-    folders = [Path(home) / "include" for home in homes if home]
+    return [Path(home) for home in homes if home]
+
+
+def nvcc() -> Path | None:
+    return next((home / "bin/nvcc" for home in cuda_homes() if (home / "bin/nvcc").exists()), None)
+
+
+def cuda_headers() -> Path:
+    folders = [home / "include" for home in cuda_homes()]
     for packages in (*site.getsitepackages(), site.getusersitepackages()):
         folders += sorted(Path(packages).glob("nvidia/cu*/include"), reverse=True)
     for folder in folders:

@@ -121,14 +121,18 @@ __global__ void fences(const uint32_t* in, uint32_t* out) {  // [32] -> [8, 32] 
   if (threadIdx.x == 0 && block > 0) {
     while (ld_relaxed_gpu(&flags[block]) != 1) {
     }
-    __threadfence();
+    fence_acq_rel_gpu();
   }
   __syncthreads();
   const uint32_t* before = block ? out + (block - 1) * 32 : in;
   out[block * 32 + threadIdx.x] = before[threadIdx.x] + block;
   __syncthreads();
   if (threadIdx.x == 0 && block + 1 < gridDim.x) {
-    __threadfence();
+    if (block % 2) {
+      fence_acq_rel_gpu();
+    } else {
+      __threadfence();
+    }
     st_relaxed_gpu(&flags[block + 1], 1);
   }
 }

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The machine code of the CUDA kernels, checked without a GPU: spills, instructions, blocks that fit on a device."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from parity import CELLS
+
+from fastrnn import _C, _library
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "tests/cuda"), str(ROOT / "tests/emulation")]
+
+import libraries  # noqa: E402
+import machine_code  # noqa: E402
+from machine_code import DEVICES, uses  # noqa: E402
+
+extended = pytest.mark.extended
+ARCHS = ["80", "86", "89", "90a", "100", "120"]  # setup.py's default
+STORAGE = {"float": "ff", "double": "dd", "half": "6__halff", "bfloat16": "13__nv_bfloat16f"}  # and acc_t, mangled
+GATES_THREADS = 128
+
+
+def skip_without(*names: str) -> None:
+    try:
+        for name in names:
+            machine_code.tool(name)
+    except machine_code.Unavailable as reason:
+        pytest.skip(f"machine code is not checked: {reason}")
+
+
+@pytest.fixture(scope="module")
+def binary() -> Path:
+    """The library that users load."""
+    if _C.cuda_archs is None:
+        pytest.skip("machine code is not checked: fastrnn was built without CUDA")
+    skip_without("cuobjdump", "nvdisasm")
+    return _library.path()
+
+
+@pytest.fixture(scope="module")
+def archs() -> list[str]:
+    return [re.sub(r"\.|\+PTX", "", arch) for arch in re.split(r"[ ;]", _C.cuda_archs or "")]
+
+
+def is_gates(name: str, direction: str, cell: str, storage: str, units: str) -> bool:
+    parts = (f"gates_{direction}_kernel", cell, f"E{STORAGE[storage]}Li{units}E")
+    return all(part in name for part in parts)
+
+
+CELL_NAMES = {"rnn_tanh": "RnnTanhCell", "rnn_relu": "RnnReluCell", "lstm": "LstmCell", "gru": "GruCell"}
+
+
+def test_every_kernel_is_there_for_every_architecture(binary, archs):
+    assert set(CELL_NAMES) == set(CELLS)
+    names = {arch: [k.name for k in machine_code.kernels(binary) if k.arch == arch] for arch in archs}
+    for arch, cell in ((arch, cell) for arch in archs for cell in CELL_NAMES.values()):
+        for direction in ("forward", "backward"):
+            for storage in STORAGE:
+                for units in ("1", "2" if storage == "double" else "4"):
+                    found = [name for name in names[arch] if is_gates(name, direction, cell, storage, units)]
+                    assert len(found) == 1, (arch, cell, direction, storage, units, found)
+    if "+PTX" in _C.cuda_archs:
+        assert f"sm_{archs[-1]}.ptx" in machine_code.cuobjdump("-lptx", binary)
+
+
+def test_no_kernel_touches_local_memory(binary):
+    for kernel in machine_code.kernels(binary):
+        assert kernel.stack == kernel.local == 0, kernel
+    for kernel, used in machine_code.instructions(binary).items():
+        assert not uses(used, "LDL") and not uses(used, "STL"), kernel
+
+
+def test_gate_kernels_move_16_bytes_at_a_time(binary):
+    checked = 0
+    for (arch, name), used in machine_code.instructions(binary).items():
+        for storage in STORAGE:
+            if is_gates(name, "backward", "LstmCell", storage, "2" if storage == "double" else "4"):
+                assert uses(used, "LDG.E.128") and uses(used, "STG.E.128"), (arch, name)
+                narrow = {"float": (), "double": ()}.get(storage, ("LDG.E.64", "STG.E.64"))
+                assert all(uses(used, instruction) for instruction in narrow), (arch, name)
+                checked += 1
+    assert checked and checked % len(STORAGE) == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gate_kernels_fill_a_device(binary, archs, device):
+    """A quarter of the threads of a multiprocessor: with 64 bytes or more in flight each, enough for memory."""
+    facts = DEVICES[device]
+    if facts.arch not in archs:
+        pytest.skip(f"fastrnn was built without code for {device}")
+    for kernel in machine_code.kernels(binary):
+        if kernel.arch == facts.arch and "gates_" in kernel.name:
+            blocks = machine_code.blocks_per_multiprocessor(
+                libraries.compiler(), libraries.cuda_headers(), facts, kernel, GATES_THREADS
+            )
+            assert blocks * GATES_THREADS >= facts.threads / 4, (kernel, blocks)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The wrappers
+
+SM_80 = {  # probe: instructions that its wrappers must become
+    "named_barriers": ["BAR.ARV", "BAR.SYNC"],
+    "grid_barriers": ["LDG.E.STRONG.GPU", "MEMBAR.ALL.GPU", "BAR.SYNC"],
+    "release_acquire": ["LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "MEMBAR.ALL.GPU"],
+    "fences": ["MEMBAR.ALL.GPU", "MEMBAR.SC.GPU"],
+    "flag_in_data": ["LDG.E.128.STRONG.GPU", "STG.E.128.STRONG.GPU"],
+    "cp_asyncs": ["LDGSTS.E.BYPASS.128", "LDGSTS.E.ZFILL", "LDGDEPBAR", "DEPBAR.LE"],
+    "ldmatrices": ["LDSM.16.M88.4", "LDSM.16.MT88.4", "LDSM.16.M88.2"],
+    "mmaILNS0_7ProductE0": ["HMMA.16816.F32.BF16"],
+    "mmaILNS0_7ProductE1": ["HMMA.16816.F32"],
+    "mmaILNS0_7ProductE2": ["HMMA.1688.F32.TF32"],
+    "mma_of_doubles": ["DMMA"],
+    "tanh_approximated": ["MUFU.TANH"],
+}
+SM_90 = SM_80 | {
+    "clusters": ["UCGABAR_ARV", "UCGABAR_WAIT"],
+    "cluster_flags": ["LD.E.STRONG.GPU", "ST.E.STRONG.GPU", "UCGABAR_ARV"],
+    "mbarriers": ["SYNCS.ARRIVE", "SYNCS.PHASECHK"],
+    "bulk_to_shared": ["UBLKCP.S.G", "SYNCS.PHASECHK"],
+    "cluster_copies": ["UBLKCP.S.S", "STAS", "STAS.128", "FENCE.VIEW.ASYNC", "SYNCS.ARRIVE"],
+}
+
+
+def compile_for(arch: str, source: Path, target: Path) -> None:
+    nvcc = libraries.nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: the wrappers are not compiled for a device")
+    flags = ["-std=c++17", "-O3", f"-I{ROOT}/csrc", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    flags += ["-DFASTRNN_WITH_CUDA", "-Werror=all-warnings", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
+    done = subprocess.run([nvcc, *flags, "-cubin", source, "-o", target], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arch", [arch if arch in ("80", "90a") else pytest.param(arch, marks=extended) for arch in ARCHS]
+)
+def test_wrappers_become_their_instructions(arch, tmp_path):
+    compile_for(arch, ROOT / "tests/emulation/probes.cu", tmp_path / "probes.cubin")
+    if arch not in ("80", "90a"):
+        return  # that it compiles, without spills, is all that is asked
+    skip_without("cuobjdump", "nvdisasm")
+    used_by = machine_code.instructions(tmp_path / "probes.cubin")
+    for probe, expected in (SM_80 if arch == "80" else SM_90).items():
+        (used,) = [used for (_, name), used in used_by.items() if re.search(rf"\d{probe}[EI]", name) or probe in name]
+        for instruction in expected:
+            assert uses(used, instruction), (probe, instruction, sorted(used))
+
+
+@extended
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*_cuda.cu")), ids=lambda path: path.name)
+def test_kernels_compile_without_spills(arch, source, tmp_path):
+    compile_for(arch, source, tmp_path / "kernels.cubin")
+
+
+def test_ptxas_would_refuse_a_spill(tmp_path):
+    """The compiler flags above mean what they say."""
+    if libraries.nvcc() is None:
+        pytest.skip("no nvcc")
+    source = tmp_path / "spill.cu"
+    source.write_text("""__global__ void indexes_its_registers(float* x, int i) {
+        float y[64] = {};
+        for (int k = 0; k < 64; ++k) y[k * i % 64] += x[k];
+        for (int k = 0; k < 64; ++k) x[k] = y[k];
+    }""")
+    with pytest.raises(AssertionError, match="Local memory used"):
+        compile_for("80", source, tmp_path / "spill.cubin")
