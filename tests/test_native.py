@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Compiles and runs the native tests. The C++ compiler is a requirement of the project: without one these tests fail."""
+"""Compiles and runs the native tests. A C++ compiler is a requirement of the project: without one these tests fail."""
 
 import os
 import subprocess

@@ -18,7 +18,7 @@ SEAM = (Path(__file__).resolve().parents[1] / "csrc/kernels.h").read_text()
 
 
 def test_every_cell_is_tested():
-    """The list of cells in csrc/kernels.h: each has a row in the tests' lists, hence a reference, an op and a module."""
+    """The list of cells in csrc/kernels.h: each has its row in the tests, hence a reference, an op and a module."""
     listed = re.findall(r"^\s+X\((\w+), \w+\)", SEAM, re.MULTILINE)
     assert listed == list(CELLS) == list(OPS) == list(GATES)
 
