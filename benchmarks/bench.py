@@ -23,7 +23,7 @@ try:
     import torch
     from cases import CELLS, DTYPES, MODES, Case, Problem, Shape
     from contenders import BASELINES, make_call, missing_packages, serves
-    from machine import Conditions, floor_ms
+    from machine import Conditions, floor_ms, load_of_others
     from measure import Clock, CudaClock, HostClock, as_cuda_graph, cuda_kernels, interleave, peak_mib
     from plots import plot_ratios
     from report import FormatError, Row, append_csv, markdown, print_tables, read_csv
@@ -33,6 +33,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"bench.py: the package '{error.name}' is missing: run `make bench`, or pip install 'fastrnn[bench]'")
 
 LOCAL_RESULTS = Path(__file__).parent / "results" / "local"
+# Share of the processors' time that other work may have before the numbers are called untrustworthy.
+BUSY = 0.05
 
 
 @dataclass(frozen=True)
@@ -278,9 +280,9 @@ def sweep(arguments: argparse.Namespace, console: Console) -> bool:
     if csv.exists():
         read_csv(csv)  # raises before anything is measured if rows cannot be added
     console.print(f"fastrnn on {conditions.device}, torch {conditions.torch}, commit {conditions.commit}")
-    load = os.getloadavg()[0]
-    warning = f"The machine was busy at the start (load {load:.1f}): do not trust these numbers."
-    busy = load > 0.2 * (os.cpu_count() or 1)
+    load = load_of_others()
+    busy = load > BUSY
+    warning = f"Other work had {load:.0%} of the processors when this began: do not trust these numbers."
     if busy:
         console.print(warning, style="bold yellow")
     rows: list[Row] = []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -65,6 +66,22 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def load_of_others() -> float:
+    """Share of the processors' time that others use while this process sleeps for a moment; 0 where Linux is not."""
+
+    def ticks() -> tuple[int, int]:
+        values = [int(text) for text in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(values), values[3] + values[4]  # idle and waiting for input or output
+
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    total, idle = ticks()
+    time.sleep(0.5)
+    total_after, idle_after = ticks()
+    return 1 - (idle_after - idle) / max(1, total_after - total)
 
 
 @functools.cache
