@@ -4,6 +4,9 @@
 import os
 from collections.abc import Iterator
 
+# Test processes run side by side: threads that wait shall leave the cores to the others. OpenMP reads this once.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import pytest
 import torch

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Threads, processes and instruction sets: whatever computes it, the result is the same."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from parity import CELLS, Case, check_parity, draw, run
+from torch.utils.data import DataLoader, Dataset
+
+import fastrnn
+from fastrnn import _C
+
+CPU = torch.device("cpu")
+# Few rows and many units, many rows, packed rows of unequal lengths, a projection.
+CASES = [Case(cell, *size, **form) for cell in CELLS for size, form in [
+    ((23, 2, 40, 129), {}),
+    ((9, 33, 24, 40), {"bidirectional": True}),
+    ((12, 17, 24, 40), {"layout": "packed_unsorted"}),
+]] + [Case("lstm", 9, 20, 24, 40, proj_size=9)]  # fmt: skip
+
+
+@pytest.fixture
+def torch_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4 * (os.cpu_count() or 1)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_number_of_threads(case, threads, torch_threads):
+    torch.set_num_threads(threads)
+    check_parity(case, fastrnn, CPU)
+    assert torch.get_num_threads() == threads
+
+
+def problem(case):
+    torch.manual_seed(0)
+    module = case.module(fastrnn)
+    tensors, lengths = draw(case)
+    return lambda: run(case, module, dict(tensors), lengths)
+
+
+def assert_equal(results, expected):
+    for ours, theirs in zip(results, expected, strict=True):
+        for name in theirs:
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_calls_from_many_python_threads():
+    """One module of each kind, used by eight threads at once, forward and backward."""
+    problems = [problem(case) for case in CASES]
+    expected = [compute() for compute in problems]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda n: problems[n % len(problems)](), range(6 * len(problems))))
+    for n, result in enumerate(results):
+        assert_equal(result, expected[n % len(problems)])
+
+
+# As a worker of torch's DataLoader does: OpenMP's threads do not survive a fork, and torch's own kernels hang as well.
+def run_in_child(connection):
+    torch.set_num_threads(1)
+    results = [problem(case)() for case in CASES]
+    connection.send([[{name: t.detach().numpy() for name, t in part.items()} for part in result] for result in results])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_after_fork(torch_threads):
+    expected = [problem(case)() for case in CASES]
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=run_in_child, args=(there,))
+    child.start()
+    try:
+        assert here.poll(60), "the child does not answer"
+        results = here.recv()
+    finally:
+        child.kill()
+        child.join()
+    for result, right in zip(results, expected, strict=True):
+        for ours, theirs in zip(result, right, strict=True):
+            for name in theirs:
+                torch.testing.assert_close(torch.from_numpy(ours[name]), theirs[name])
+
+
+class Outputs(Dataset):
+    """A data set that computes its samples with a module."""
+
+    def __len__(self):
+        return len(CASES)
+
+    def __getitem__(self, index):
+        return problem(CASES[index])()[0]["output"].detach()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_in_data_loader_workers(context):
+    data = Outputs()
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=context, timeout=60)
+    for index, output in enumerate(loader):
+        torch.testing.assert_close(output, data[index])
+
+
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]  # each has what the one before has
+
+
+def check_all_cases():
+    for case in CASES:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            check_parity(replace(case, dtype=dtype), fastrnn, CPU)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets(isa):
+    """FASTRNN_ISA lowers the instruction set; the kernels of each pass the same test."""
+    if ISAS.index(isa) > ISAS.index(_C.isa()):
+        pytest.skip(f"this processor has {_C.isa()} at best")
+    script = f"import test_threads; assert test_threads._C.isa() == {isa!r}; test_threads.check_all_cases()"
+    environment = os.environ | {"FASTRNN_ISA": isa}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
