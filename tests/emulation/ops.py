@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops on the emulated CUDA kernels: run by test_emulation.py, with FASTRNN_LIBRARY naming the emulated library.
+"""The ops on the CUDA kernels: run by test_emulation.py on emulated ones, which FASTRNN_LIBRARY then names, and by
+tests/cuda/run.py on a device.
 
 Small shapes, each for a reason: what matters here is which thread computes what.
 """
@@ -37,21 +38,25 @@ def cases():
         yield LayerCase("lstm", *SIZES["vectors"], packed=packed, reverse=reverse, proj_size=6)
 
 
+def drawn(case, device):
+    return {name: tensor if tensor is None else tensor.to(device) for name, tensor in case.draw().items()}
+
+
 @pytest.mark.parametrize("case", dict.fromkeys(cases()), ids=str)
-def test_parity(case):
-    check_layer_parity(case, ops, reference, torch.device("cpu"))
+def test_parity(case, device):
+    check_layer_parity(case, ops, reference, device)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_empty_batch(cell):
+def test_empty_batch(cell, device):
     """Nothing to compute is nothing to launch: an empty grid would be refused."""
-    check_layer_parity(LayerCase(cell, B=0), ops, reference, torch.device("cpu"))
+    check_layer_parity(LayerCase(cell, B=0), ops, reference, device)
 
 
-def test_rows_are_apart():
+def test_rows_are_apart(device):
     """NaN in one row of the batch stays in that row, forward and backward."""
     case = LayerCase("lstm", *SIZES["vectors"])
-    arguments = case.draw()
+    arguments = drawn(case, device)
     clean, clean_grads = case.run(ops, arguments)
     arguments["input"][:, 1] = torch.nan
     outputs, grads = case.run(ops, arguments)
@@ -61,10 +66,11 @@ def test_rows_are_apart():
         torch.testing.assert_close(our[:, others], expected[:, others], rtol=0, atol=0)
 
 
-def test_second_backward_agrees():
+def test_second_backward_agrees(device):
     """Backward writes into nothing that was saved."""
     case = LayerCase("gru", *SIZES["odd"])
-    leaves = {name: tensor if tensor is None else tensor.requires_grad_() for name, tensor in case.draw().items()}
+    arguments = drawn(case, device)
+    leaves = {name: tensor if tensor is None else tensor.requires_grad_() for name, tensor in arguments.items()}
     output = case.call(ops, leaves)["output"].sum()
     wanted = [leaf for leaf in leaves.values() if leaf is not None]
     first, second = (torch.autograd.grad(output, wanted, retain_graph=True) for _ in range(2))

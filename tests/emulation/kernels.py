@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Runs the probes and the demonstration layer on the emulation, over seeds and schedules, under a sanitizer if asked.
 
-python tests/emulation/run.py                                      every probe, every way of exchanging h
-python tests/emulation/run.py kGridBarrier/kNoCopyWait             one with a planted fault
-python tests/emulation/run.py mbarriers --variant thread           a race detector: reports data races and exits with 66
+python tests/emulation/kernels.py                               every probe, every way of exchanging h
+python tests/emulation/kernels.py kGridBarrier/kNoCopyWait      one with a planted fault
+python tests/emulation/kernels.py mbarriers --variant thread    a race detector: reports data races, ends with 66
 """
 
 import argparse
