@@ -19,11 +19,44 @@ namespace fastrnn {
 inline constexpr ThreadPool kOneThread = {
     [](int64_t count, ThreadPool::Body body, void* context) { body(0, count, context); }, 1};
 
+// Gives the threads of a launch the caller's floating-point mode: torch.set_flush_denormal sets that of one thread
+// alone.
+class FloatMode {
+ public:
+#if defined(__x86_64__)
+  FloatMode() : bits_(_mm_getcsr()) {}
+  class Scope {
+   public:
+    explicit Scope(const FloatMode& mode) : before_(_mm_getcsr()) { _mm_setcsr(mode.bits_); }
+    ~Scope() { _mm_setcsr(before_); }
+
+   private:
+    const unsigned before_;
+  };
+
+ private:
+  const unsigned bits_;
+#else
+  struct Scope {
+    explicit Scope(const FloatMode&) {}
+  };
+#endif
+};
+
 template <typename F>
 void in_parallel(const ThreadPool& pool, int64_t count, const F& f) {
+  struct Context {
+    const F& f;
+    const FloatMode mode;
+  } context{f, {}};
   pool.run(
-      count, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&f)));
+      count,
+      [](int64_t begin, int64_t end, void* p) {
+        const auto& [body, mode] = *static_cast<const Context*>(p);
+        const FloatMode::Scope scope(mode);
+        body(begin, end);
+      },
+      &context);
 }
 
 // Row ranges of the batch with about the same number of steps to do: boundaries [parts + 1]. Packed rows come longest
