@@ -6,6 +6,7 @@ and a schedule decide who runs when. See CONTRIBUTING.md, "CUDA kernels without 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,12 @@ def test_every_wrapper_has_a_probe(emulated):
     wrappers = {name for name in declared if name not in ("__forceinline__", "shared_address")}
     assert len(wrappers) > 30
     assert [name for name in sorted(wrappers) if f"{name}(" not in source and f"{name}<" not in source] == []
+
+
+def test_only_device_cuh_goes_below_cuda():
+    """What the emulation has no twin of, it would not check."""
+    for source in {*(ROOT / "csrc/cuda").iterdir(), *FOLDER.glob("*.cu")} - {ROOT / "csrc/cuda/device.cuh"}:
+        assert not re.search(r"\basm\b|<<<|__shared__|cooperative_groups|#include <cuda/", source.read_text()), source
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
