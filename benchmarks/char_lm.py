@@ -11,6 +11,7 @@ import statistics
 import sysconfig
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -136,6 +137,49 @@ def write_text(model: CharModel, alphabet: list[str], start: str, length: int) -
     return text
 
 
+def train(trainers: Iterable[Trainer], steps: int, console: Console) -> None:
+    """Trains in alternating blocks, each round in the opposite order, until the steps or the time are used up."""
+    order = list(trainers)
+    deadline = time.perf_counter() + TIME_LIMIT_S
+    for begin in track(range(0, steps, BLOCK), "training", console=console, transient=True):
+        if begin >= WINDOW and time.perf_counter() > deadline:
+            console.print(f"Time limit: training ends after {begin} of {steps} steps.", style="bold")
+            break
+        for trainer in order:
+            trainer.train_block(min(BLOCK, steps - begin))
+        order.reverse()
+
+
+def print_comparison(trainers: dict[str, Trainer], console: Console) -> bool:
+    """Prints losses and speeds of two trainers, the baseline first. Returns whether the losses agree."""
+    theirs, ours = trainers.values()
+    means = list(zip(theirs.smoothed, ours.smoothed, strict=True))
+    table = Table(title=f"Loss in nats per character, means of {WINDOW} steps", title_justify="left")
+    for heading in ("steps", *trainers, "difference"):
+        table.add_column(heading, justify="right")
+    last = len(means) - 1
+    for k in sorted({*range(0, last, max(1, len(ours.losses) // 8)), last}):
+        a, b = means[k]
+        table.add_row(f"{k + 1}-{k + WINDOW}", f"{a:.4f}", f"{b:.4f}", f"{b / a - 1:+.3%}")
+    a, b = theirs.characters_per_second, ours.characters_per_second
+    table.add_section()
+    table.add_row("characters/s", f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.2f} x")
+    console.print(table)
+
+    first_differences = [abs(b / a - 1) for a, b in zip(theirs.losses[:WINDOW], ours.losses[:WINDOW], strict=True)]
+    differences = [abs(b / a - 1) for a, b in means]
+    # Not by the maximum: max() can step over a NaN, a comparison cannot.
+    agree = all(difference <= FIRST_LOSSES_TOLERANCE for difference in first_differences)
+    agree &= all(difference <= MEANS_TOLERANCE for difference in differences)
+    console.print(
+        f"Largest difference: {max(first_differences):.0e} in the first {WINDOW} losses "
+        f"(limit {FIRST_LOSSES_TOLERANCE:.0e}), {max(differences):.2%} in the means (limit {MEANS_TOLERANCE:.0%}). "
+        + ("They agree." if agree else "THEY DO NOT AGREE."),
+        style="bold" if agree else "bold red",
+    )
+    return agree
+
+
 def run(console: Console, device: str, steps: int, control: bool, picture: Path) -> bool:
     """Trains both models, shows losses, speed and a sample of text. Returns whether the losses agree."""
     import fastrnn
@@ -158,42 +202,12 @@ def run(console: Console, device: str, steps: int, control: bool, picture: Path)
         f"{len(alphabet)} distinct; embedding {EMBEDDING}, LSTM {HIDDEN} x {LAYERS}, linear; "
         f"batches T={T} B={B}; Adam; fp32; {torch.get_num_threads()} threads"
     )
-    order = list(trainers.values())
-    deadline = time.perf_counter() + TIME_LIMIT_S
-    for begin in track(range(0, steps, BLOCK), "training", console=console, transient=True):
-        if begin >= WINDOW and time.perf_counter() > deadline:
-            console.print(f"Time limit: training ends after {begin} of {steps} steps.", style="bold")
-            break
-        for trainer in order:
-            trainer.train_block(min(BLOCK, steps - begin))
-        order.reverse()
-
-    theirs, ours = trainers.values()
-    differences = [b / a - 1 for a, b in zip(theirs.smoothed, ours.smoothed, strict=True)]
-    table = Table(title=f"Loss in nats per character, means of {WINDOW} steps", title_justify="left")
-    for heading in ("steps", *names, "difference"):
-        table.add_column(heading, justify="right")
-    last = len(differences) - 1
-    for k in sorted({*range(0, last, max(1, steps // 8)), last}):
-        values = (theirs.smoothed[k], ours.smoothed[k])
-        table.add_row(f"{k + 1}-{k + WINDOW}", *(f"{value:.4f}" for value in values), f"{differences[k]:+.3%}")
-    speeds = [trainer.characters_per_second for trainer in (theirs, ours)]
-    table.add_section()
-    table.add_row("characters/s", *(f"{speed:,.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f} x")
-    console.print(table)
-
-    first_losses = max(abs(b / a - 1) for a, b in zip(theirs.losses[:WINDOW], ours.losses[:WINDOW], strict=True))
-    means = max(map(abs, differences))
-    agree = first_losses <= FIRST_LOSSES_TOLERANCE and means <= MEANS_TOLERANCE
-    console.print(
-        f"Largest difference: {first_losses:.0e} in the first {WINDOW} losses (limit {FIRST_LOSSES_TOLERANCE:.0e}), "
-        f"{means:.2%} in the means (limit {MEANS_TOLERANCE:.0%}). {'They agree.' if agree else 'THEY DO NOT AGREE.'}",
-        style="bold" if agree else "bold red",
-    )
+    train(trainers.values(), steps, console)
+    agree = print_comparison(trainers, console)
     sample = write_text(second, alphabet, "def ", 400)
     console.print(Panel(Text(sample), title=f"Written by the {names[1]} model", title_align="left"))
-    speeds_by_name = dict(zip(names, speeds, strict=True))
-    limits = {f"limit of the first {WINDOW} losses": FIRST_LOSSES_TOLERANCE, "limit of the means": MEANS_TOLERANCE}
-    plot_training({name: t.losses for name, t in trainers.items()}, speeds_by_name, WINDOW, limits, picture)
+    losses = {name: trainer.losses for name, trainer in trainers.items()}
+    speeds = {name: trainer.characters_per_second for name, trainer in trainers.items()}
+    plot_training(losses, speeds, WINDOW, (FIRST_LOSSES_TOLERANCE, MEANS_TOLERANCE), picture)
     console.print(f"Plot: {picture}")
     return agree

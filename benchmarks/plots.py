@@ -103,7 +103,7 @@ def running_mean(values: list[float], window: int) -> list[float]:
 
 
 def plot_training(
-    losses: dict[str, list[float]], speeds: dict[str, float], window: int, limits: dict[str, float], path: Path
+    losses: dict[str, list[float]], speeds: dict[str, float], window: int, limits: tuple[float, float], path: Path
 ) -> None:
     """Draws two training runs: losses, how far they are apart, and speed.
 
@@ -111,7 +111,7 @@ def plot_training(
         losses: Loss per step by name, the baseline first.
         speeds: Characters per second by name.
         window: Steps that a mean covers.
-        limits: Largest relative differences allowed, by label.
+        limits: Largest relative difference allowed, of each of the first `window` losses and of the means.
         path: PNG to write.
     """
     figure, axes = plt.subplot_mosaic(
@@ -139,8 +139,11 @@ def plot_training(
     ):
         apart = [max(abs(q / p - 1), SMALLEST_DIFFERENCE) for p, q in zip(a, b, strict=True)]
         difference.plot(x, apart, color="0.2", linewidth=width, label=label)
-    for (label, limit), style in zip(limits.items(), (":", "--"), strict=True):
-        difference.axhline(limit, color="#CC79A7", linestyle=style, label=label)
+    for limit, last, style, label in (
+        (limits[0], window, "-", f"limit of the first {window} losses"),
+        (limits[1], len(ours), "--", "limit of the means"),
+    ):
+        difference.plot([1, last], [limit, limit], color="#CC79A7", linestyle=style, label=label)
     difference.set_yscale("log")
     difference.set_ylabel("relative difference")
     difference.set_xlabel("training step")
