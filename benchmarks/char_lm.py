@@ -204,8 +204,9 @@ def run(console: Console, device: str, steps: int, control: bool, picture: Path)
     )
     train(trainers.values(), steps, console)
     agree = print_comparison(trainers, console)
-    sample = write_text(second, alphabet, "def ", 400)
-    console.print(Panel(Text(sample), title=f"Written by the {names[1]} model", title_align="left"))
+    if agree:
+        sample = write_text(second, alphabet, "def ", 400)
+        console.print(Panel(Text(sample), title=f"Written by the {names[1]} model", title_align="left"))
     losses = {name: trainer.losses for name, trainer in trainers.items()}
     speeds = {name: trainer.characters_per_second for name, trainer in trainers.items()}
     plot_training(losses, speeds, WINDOW, (FIRST_LOSSES_TOLERANCE, MEANS_TOLERANCE), picture)
