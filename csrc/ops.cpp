@@ -11,11 +11,11 @@
 #include "layer.h"
 
 #if defined(FASTRNN_EMULATE)
-#include "gates_path.h"
+#include "persistent_path.h"
 #else
 #include "cpu_path.h"
 #if defined(FASTRNN_WITH_CUDA)
-#include "gates_path.h"
+#include "persistent_path.h"
 #endif
 #endif
 
@@ -193,12 +193,12 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.impl("lstm_layer_backward", TORCH_BOX((&fastrnn::lstm_layer_backward<fastrnn::Path>)));
 
 #if defined(FASTRNN_EMULATE)
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m){FASTRNN_IMPL(GatesPath)}
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m){FASTRNN_IMPL(PersistentPath)}
 #else
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m){FASTRNN_IMPL(CpuPath)}
 #if defined(FASTRNN_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
-  FASTRNN_IMPL(GatesPath)
+  FASTRNN_IMPL(PersistentPath)
 }
 #endif
 #endif

@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
+
+#include "cells/math.h"
 
 namespace fastrnn {
 
@@ -46,6 +49,174 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
     return {Split::units, static_cast<int>(by_units), "few rows: threads share the hidden units"};
   }
   return {Split::rows, static_cast<int>(std::max<int64_t>(by_rows, 1)), "few rows and few units"};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA
+
+// How the recurrent product is computed; sums are in float, double is served by the path "gates" alone.
+enum class Arithmetic { fp16, bf16, tf32, fp32, fp64 };
+constexpr int storage_bytes(Arithmetic a) {
+  return a == Arithmetic::fp64 ? 8 : a == Arithmetic::tf32 || a == Arithmetic::fp32 ? 4 : 2;
+}
+
+enum class CudaPath { gates, persistent };
+
+enum class Pass { forward, backward };
+
+struct CudaProblem {
+  int64_t T, B, H;
+  int gates, states;
+  bool projection;
+  Arithmetic arithmetic;
+  Pass pass;
+};
+
+struct CudaDevice {
+  int capability;        // 90 for sm_90
+  int multiprocessors;   // that this process may use
+  int shared_per_block;  // bytes, the most that a kernel may ask for
+};
+
+// What tests and the benchmark ask for; the default leaves everything to the plan.
+struct CudaForce {
+  std::optional<CudaPath> path;
+  int grade = 0;   // 0: any
+  int blocks = 0;  // of a team; 0: as few as hold the weights
+  int teams = 0;   // at most; 0: as many as the device has room for
+};
+
+// How the persistent kernels share a layer. Hidden states travel in packets of 16 bytes: units_per_packet neighbouring
+// units of one row of the batch. A block owns packets_per_block packets, so some hidden units with all their gates, and
+// keeps their rows of the weight on chip; its warps share the product as warps_m groups of rows by warps_k slices of
+// its depth. The blocks of a team exchange states with each other and with nobody else.
+struct PersistentTiling {
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kBatch = 16;      // rows of the batch that a product takes at once
+  static constexpr int kItems = 4;       // values of one tile of the batch that a thread owns, at most
+  static constexpr int kSumStride = 17;  // kBatch, padded against bank conflicts
+  static constexpr int kMaxCluster = 16;
+
+  int grade;  // 1: a team is one block; 2: a cluster; 3: blocks anywhere on the device
+  int teams, blocks;
+  int rows_per_team;  // of the batch, a multiple of 8
+  int slots;          // values that a packet has room for
+  int units_per_packet, packets_per_block;
+  int weight_tiles;      // of 16 rows: the rows of the weight that a block owns
+  int groups;            // of 4 packets: the depth of the product
+  int warps_m, warps_k;  // warps_m * warps_k == kWarps
+  int groups_per_warp, groups_in_registers;
+  int states;
+  int gates;
+
+  FASTRNN_HD int batch_tiles() const { return (rows_per_team + kBatch - 1) / kBatch; }
+  FASTRNN_HD int columns() const { return rows_per_team < kBatch ? 8 : kBatch; }  // rows of the batch in a tile
+  FASTRNN_HD int items() const { return packets_per_block * columns() * slots; }  // of a tile
+  FASTRNN_HD int groups_in_shared() const {                                       // of a warp
+    return groups_per_warp > groups_in_registers ? groups_per_warp - groups_in_registers : 0;
+  }
+  // Elements of the arrays in shared memory, in the order in which they are carved.
+  FASTRNN_HD int weight_packets() const { return warps_k * groups_in_shared() * weight_tiles * 64; }
+  FASTRNN_HD int operand_packets() const { return groups * columns() * 4; }  // of one tile of the batch
+  FASTRNN_HD int operand_buffers() const { return grade == 3 ? 1 : 2 * batch_tiles(); }
+  FASTRNN_HD int sums() const { return warps_k * weight_tiles * 16 * kSumStride; }  // twice
+  FASTRNN_HD int state_values() const { return states * batch_tiles() * items(); }
+  FASTRNN_HD int biases() const { return gates * packets_per_block * slots; }
+  int64_t shared_bytes() const {
+    const auto aligned = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
+    return aligned(int64_t{weight_packets()} * 16) + aligned(int64_t{operand_packets()} * operand_buffers() * 16) +
+           aligned(int64_t{sums()} * 2 * 4) + aligned(int64_t{state_values()} * 4) + int64_t{biases()} * 4;
+  }
+  // Packets in global memory through which a team of grade 3 exchanges: two buffers for each tile of each team.
+  constexpr int64_t exchange_packets() const {
+    return grade == 3 ? int64_t{2} * teams * batch_tiles() * operand_packets() : 0;
+  }
+};
+
+struct CudaPlan {
+  CudaPath path;
+  PersistentTiling tiling;  // of the path "persistent"
+  const char* reason;
+};
+
+// 16-row tiles of the weight that a warp owns, and groups of packets whose weights it holds in registers: 8 registers
+// for each group of each tile.
+FASTRNN_HD constexpr int weight_tiles_per_warp(Pass pass) { return pass == Pass::forward ? 2 : 1; }
+FASTRNN_HD constexpr int groups_in_registers(Pass pass, Arithmetic a) {
+  const int fragments = a == Arithmetic::fp32 ? 8 : 16;  // sums of plain multiply-adds take more registers themselves
+  return fragments / weight_tiles_per_warp(pass);
+}
+
+// The tiling with teams of that many blocks, or nothing when a block's share is too large for it.
+inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, const CudaDevice& device, int grade,
+                                                         int blocks, int forced_teams) {
+  using Tiling = PersistentTiling;
+  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  Tiling t{};
+  t.grade = grade;
+  t.states = p.states;
+  t.gates = p.gates;
+  t.slots = 16 / storage_bytes(p.arithmetic);
+  t.units_per_packet = t.slots - (grade == 3);  // one slot tells the step
+  const int64_t packets = divide(p.H, t.units_per_packet), per_block = divide(packets, blocks);
+  const int vectors = p.pass == Pass::forward ? 1 : p.gates, rows = p.pass == Pass::forward ? p.gates : 1;
+  const int64_t weight_tiles = divide(per_block * t.units_per_packet * rows, 16);
+  const int64_t tiles_per_warp = weight_tiles_per_warp(p.pass);
+  if (weight_tiles > Tiling::kWarps * tiles_per_warp ||
+      per_block * t.slots * Tiling::kBatch > Tiling::kItems * Tiling::kThreads)
+    return {};
+  t.packets_per_block = static_cast<int>(per_block);
+  t.blocks = grade == 3 ? static_cast<int>(divide(packets, per_block)) : blocks;
+  t.weight_tiles = static_cast<int>(weight_tiles);
+  t.warps_m = 1;
+  while (t.warps_m * tiles_per_warp < weight_tiles) t.warps_m *= 2;
+  t.warps_k = Tiling::kWarps / t.warps_m;
+  t.groups = static_cast<int>(divide(int64_t{t.blocks} * per_block * vectors, 4));
+  t.groups_per_warp = static_cast<int>(divide(t.groups, t.warps_k));
+  t.groups_in_registers = groups_in_registers(p.pass, p.arithmetic);
+
+  const int64_t room = std::max(1, device.multiprocessors / t.blocks);
+  const int64_t most_teams = forced_teams > 0 ? std::min<int64_t>(forced_teams, room) : room, eights = divide(p.B, 8);
+  int64_t rows_per_team = 8 * divide(eights, most_teams);
+  if (rows_per_team > Tiling::kBatch) rows_per_team = Tiling::kBatch * divide(rows_per_team, Tiling::kBatch);
+  if (rows_per_team > 1024) return {};
+  t.rows_per_team = static_cast<int>(rows_per_team);
+  t.teams = static_cast<int>(divide(p.B, rows_per_team));
+  if (grade == 3 && t.teams * t.blocks > device.multiprocessors) return {};
+  if (t.shared_bytes() > device.shared_per_block) return {};
+  return t;
+}
+
+// The smallest team that holds the weights: the fewer blocks, the cheaper the exchange.
+inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, const CudaDevice& device,
+                                                         const CudaForce& force) {
+  const auto allowed = [&](int grade, int blocks) {
+    return (force.grade == 0 || force.grade == grade) && (force.blocks == 0 || force.blocks == blocks);
+  };
+  if (allowed(1, 1)) {
+    if (const auto t = persistent_tiling(p, device, 1, 1, force.teams)) return t;
+  }
+  for (int blocks = 2; device.capability >= 90 && blocks <= PersistentTiling::kMaxCluster; blocks *= 2) {
+    if (!allowed(2, blocks)) continue;
+    if (const auto t = persistent_tiling(p, device, 2, blocks, force.teams)) return t;
+  }
+  if (force.grade == 0 || force.grade == 3) {
+    return persistent_tiling(p, device, 3, force.blocks > 0 ? force.blocks : device.multiprocessors, force.teams);
+  }
+  return {};
+}
+
+inline CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const CudaForce& force = {}) {
+  const auto gates = [](const char* reason) { return CudaPlan{CudaPath::gates, {}, reason}; };
+  if (force.path == CudaPath::gates) return gates("forced");
+  if (p.arithmetic == Arithmetic::fp64) return gates("float64 has no persistent kernel");
+  if (p.projection) return gates("a projection has no persistent kernel");
+  if (device.capability < 80) return gates("persistent kernels need sm_80 or later");
+  if (p.T == 0 || p.B == 0) return gates("there is nothing to compute");
+  if (!force.path) return gates("no persistent kernel has been measured on a device of this class yet");
+  const auto tiling = persistent_tiling(p, device, force);
+  if (!tiling) return gates("the recurrent weight does not fit on the chip");
+  return {CudaPath::persistent, *tiling, "forced"};
 }
 
 }  // namespace fastrnn

@@ -3,6 +3,10 @@
 // It holds no op, so it needs no torch. setup.py defines the FASTRNN_* strings.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+#include <utility>
+
 #include "cpu/isa.h"
 #include "plan.h"
 
@@ -13,6 +17,34 @@
 #endif
 
 namespace py = pybind11;
+
+namespace {
+
+// One of the named values, or a ValueError.
+template <typename T, size_t N>
+T named(const char* what, const std::string& name, const std::pair<const char*, T> (&values)[N]) {
+  for (const auto& [known, value] : values) {
+    if (name == known) return value;
+  }
+  throw std::invalid_argument(std::string("unknown ") + what + " " + name);
+}
+
+fastrnn::Arithmetic arithmetic_named(const std::string& name) {
+  using fastrnn::Arithmetic;
+  return named<Arithmetic>("arithmetic", name,
+                           {{"fp16", Arithmetic::fp16},
+                            {"bf16", Arithmetic::bf16},
+                            {"tf32", Arithmetic::tf32},
+                            {"fp32", Arithmetic::fp32},
+                            {"fp64", Arithmetic::fp64}});
+}
+
+fastrnn::CudaPath path_named(const std::string& name) {
+  using fastrnn::CudaPath;
+  return named<CudaPath>("path", name, {{"gates", CudaPath::gates}, {"persistent", CudaPath::persistent}});
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.attr("version") = FASTRNN_VERSION;
@@ -41,4 +73,33 @@ PYBIND11_MODULE(_C, module) {
       },
       py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("gates"),
       py::arg("threads"));
+
+  py::class_<fastrnn::CudaPlan>(module, "CudaPlan")
+      .def_property_readonly(
+          "path",
+          [](const fastrnn::CudaPlan& plan) { return plan.path == fastrnn::CudaPath::gates ? "gates" : "persistent"; })
+      .def_property_readonly("grade", [](const fastrnn::CudaPlan& plan) { return plan.tiling.grade; })
+      .def_property_readonly("teams", [](const fastrnn::CudaPlan& plan) { return plan.tiling.teams; })
+      .def_property_readonly("blocks", [](const fastrnn::CudaPlan& plan) { return plan.tiling.blocks; })
+      .def_property_readonly("rows_per_team", [](const fastrnn::CudaPlan& plan) { return plan.tiling.rows_per_team; })
+      .def_property_readonly(
+          "units_per_block",
+          [](const fastrnn::CudaPlan& plan) { return plan.tiling.units_per_packet * plan.tiling.packets_per_block; })
+      .def_property_readonly("shared_bytes", [](const fastrnn::CudaPlan& plan) { return plan.tiling.shared_bytes(); })
+      .def_readonly("reason", &fastrnn::CudaPlan::reason);
+  module.def(
+      "plan_cuda",
+      [](int64_t T, int64_t B, int64_t H, int gates, int states, bool projection, const std::string& arithmetic,
+         bool backward, int capability, int multiprocessors, int shared_per_block, const std::string& path, int grade,
+         int blocks, int teams) {
+        fastrnn::CudaForce force{std::nullopt, grade, blocks, teams};
+        if (!path.empty()) force.path = path_named(path);
+        return fastrnn::plan_cuda({T, B, H, gates, states, projection, arithmetic_named(arithmetic),
+                                   backward ? fastrnn::Pass::backward : fastrnn::Pass::forward},
+                                  {capability, multiprocessors, shared_per_block}, force);
+      },
+      py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"), py::arg("states"),
+      py::arg("projection") = false, py::arg("arithmetic"), py::arg("backward") = false, py::arg("capability") = 90,
+      py::arg("multiprocessors") = 132, py::arg("shared_per_block") = 232448, py::arg("path") = "",
+      py::arg("grade") = 0, py::arg("blocks") = 0, py::arg("teams") = 0);
 }

@@ -40,3 +40,62 @@ class CpuPlan:
 
 def plan_cpu(*, T: int, B: int, I: int, H: int, P: int, gates: int, threads: int) -> CpuPlan:
     """The plan for a layer of these sizes, where torch may use `threads` threads. P is H without a projection."""
+
+class CudaPlan:
+    """The path of a layer on a GPU, how it is shared between the GPU's multiprocessors, and why."""
+
+    @property
+    def path(self) -> Literal["gates", "persistent"]:
+        """A matrix product and a gate kernel per step, or one kernel for the whole sequence. 0 below for the former."""
+
+    @property
+    def grade(self) -> Literal[0, 1, 2, 3]:
+        """Blocks that exchange states: one, those of a cluster, or any."""
+
+    @property
+    def teams(self) -> int:
+        """Groups of blocks; each takes rows of the batch and exchanges states within itself."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a team."""
+
+    @property
+    def rows_per_team(self) -> int:
+        """Rows of the batch that a team takes."""
+
+    @property
+    def units_per_block(self) -> int:
+        """Hidden units that a block owns."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+
+    @property
+    def reason(self) -> str:
+        """Why, in a few words."""
+
+def plan_cuda(
+    *,
+    T: int,
+    B: int,
+    H: int,
+    gates: int,
+    states: int,
+    projection: bool = False,
+    arithmetic: Literal["fp16", "bf16", "tf32", "fp32", "fp64"],
+    backward: bool = False,
+    capability: int = 90,
+    multiprocessors: int = 132,
+    shared_per_block: int = 232448,
+    path: Literal["", "gates", "persistent"] = "",
+    grade: int = 0,
+    blocks: int = 0,
+    teams: int = 0,
+) -> CudaPlan:
+    """The plan for one pass of a layer on a device, by default of the limits of an H100.
+
+    What is given of `path`, `grade`, `blocks` and `teams` is forced; a forced path that cannot serve comes back as
+    "gates" with the reason.
+    """

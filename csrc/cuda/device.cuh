@@ -15,6 +15,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 namespace fastrnn {
 
@@ -38,6 +39,12 @@ class SharedSize {
 
  private:
   size_t bytes_ = 0;
+};
+
+struct DeviceAttributes {
+  int capability;  // 90 for sm_90
+  int multiprocessors;
+  int shared_per_block;  // bytes of shared memory, the most that a kernel may ask for
 };
 
 // An object of 8 bytes in shared memory that counts arrivals and the bytes of asynchronous copies, phase after phase.
@@ -400,6 +407,30 @@ cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config, cudaSt
 }
 
 inline const char* status_string(cudaError_t status) { return cudaGetErrorString(status); }
+
+// Of the current device. All zero where there is none.
+inline DeviceAttributes current_device() {
+  int device = 0, major = 0, minor = 0;
+  DeviceAttributes attributes{};
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) { cudaDeviceGetAttribute(&value, attribute, device); };
+  if (cudaGetDevice(&device) != cudaSuccess) return attributes;
+  ask(major, cudaDevAttrComputeCapabilityMajor);
+  ask(minor, cudaDevAttrComputeCapabilityMinor);
+  ask(attributes.multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(attributes.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  attributes.capability = major * 10 + minor;
+  return attributes;
+}
+
+// A zero in page-locked memory that every device and the host can access, never freed; null when there is none left.
+inline uint32_t* host_visible_word() {
+  void* word = nullptr;
+  if (cudaHostAlloc(&word, sizeof(uint32_t), cudaHostAllocPortable | cudaHostAllocMapped) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  return new (word) uint32_t(0);
+}
 
 }  // namespace fastrnn
 #endif

@@ -193,6 +193,8 @@ template <typename T>
 void __stcs(T* address, typename fastrnn::emulation::NonDeducedValue<T>::Type value) {
   *address = value;
 }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, sizeof bits);

@@ -355,4 +355,12 @@ inline const char* status_string(cudaError_t status) {
   return status == cudaSuccess ? "no error" : emulation::last_error().c_str();
 }
 
+inline DeviceAttributes current_device() {
+  const emulation::DeviceLimits& device = *emulation::config().device;
+  return {device.cluster_blocks > 1 ? 90 : 80, static_cast<int>(device.multiprocessors),
+          static_cast<int>(device.shared_per_block)};
+}
+
+inline uint32_t* host_visible_word() { return new uint32_t(0); }
+
 }  // namespace fastrnn

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The seam of the CUDA path "persistent": one launch runs one layer in one direction over the whole sequence. Letters,
+// types and layouts are those of kernels.h; there is no projection, so P == H.
+#pragma once
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace fastrnn {
+
+// Where the steps live, as in Steps, on the device.
+struct DeviceSteps {
+  int64_t T, B;
+  const int64_t* row_begin;  // [T + 1], or null: dense, T*B rows
+  bool reverse;
+};
+
+template <typename scalar_t>
+struct PersistentForward {
+  DeviceSteps steps;
+  int64_t H;
+  PersistentTiling tiling;
+  // inputs
+  const scalar_t* x_gates;  // [N, G*H]
+  const scalar_t* w_hh;     // [G*H, H]
+  const scalar_t* b_hh;     // [G*H] or null
+  const scalar_t* h0;       // [B, H]
+  const scalar_t* c0;       // [B, H]; null for cells without c
+  // outputs
+  scalar_t* output;       // [N, H]
+  scalar_t* h_n;          // [B, H]
+  scalar_t* c_n;          // [B, H]; null for cells without c
+  scalar_t* saved_gates;  // [N, kSaved*H]; null in inference
+  float* saved_c;         // [N, H]  c after each step; null in inference and for cells without c
+  // workspace
+  void* exchange;    // [tiling.exchange_packets()] of 16 bytes, aligned to 16, zero; null below grade 3
+  uint32_t* failed;  // set to 1 when a block waited in vain for another one: the outputs are wrong
+};
+
+#if defined(FASTRNN_WITH_CUDA) || defined(FASTRNN_EMULATE)
+template <template <typename> class Cell, typename scalar_t>
+CudaStatus launch_persistent_forward(const PersistentForward<scalar_t>&, Arithmetic, CudaStream);
+
+// Copies `count` host values to the device without waiting for it, also while a graph is captured.
+CudaStatus launch_write(const int64_t* values, int64_t count, int64_t* to, CudaStream);
+
+// The current device.
+CudaDevice cuda_device();
+// A word that kernels and the host both see, zero until a persistent kernel fails; null where there is none.
+uint32_t* failure_word();
+#endif
+
+}  // namespace fastrnn

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// CUDA, path "persistent": one launch runs the whole sequence. Serves what the plan gives it and leaves the rest to the
+// path "gates".
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "gates_path.h"
+#include "persistent.h"
+
+namespace fastrnn {
+
+// What the environment asks for: FASTRNN_PATH (gates, persistent), and for tests of the persistent kernels
+// FASTRNN_PERSISTENT_GRADE (1, 2, 3), FASTRNN_PERSISTENT_BLOCKS (of a team) and FASTRNN_PERSISTENT_TEAMS (at most).
+// Read at every call.
+inline CudaForce forced_by_environment() {
+  CudaForce force;
+  const auto number = [](const char* name) {
+    const char* value = std::getenv(name);
+    return value ? std::atoi(value) : 0;
+  };
+  if (const char* path = std::getenv("FASTRNN_PATH")) {
+    const bool gates = std::strcmp(path, "gates") == 0;
+    STD_TORCH_CHECK(gates || std::strcmp(path, "persistent") == 0,
+                    "fastrnn: expected FASTRNN_PATH to be gates or persistent, got ", path);
+    force.path = gates ? CudaPath::gates : CudaPath::persistent;
+  }
+  force.grade = number("FASTRNN_PERSISTENT_GRADE");
+  force.blocks = number("FASTRNN_PERSISTENT_BLOCKS");
+  force.teams = number("FASTRNN_PERSISTENT_TEAMS");
+  return force;
+}
+
+// TF32 is used where FASTRNN_TF32=1 allows it.
+inline Arithmetic arithmetic(ScalarType storage) {
+  switch (storage) {
+    case ScalarType::Half:
+      return Arithmetic::fp16;
+    case ScalarType::BFloat16:
+      return Arithmetic::bf16;
+    case ScalarType::Float: {
+      const char* tf32 = std::getenv("FASTRNN_TF32");
+      return tf32 && std::strcmp(tf32, "1") == 0 ? Arithmetic::tf32 : Arithmetic::fp32;
+    }
+    default:
+      return Arithmetic::fp64;
+  }
+}
+
+inline void check_no_failure() {
+  uint32_t* word = failure_word();
+  if (!word || *static_cast<volatile uint32_t*>(word) == 0) return;
+  *static_cast<volatile uint32_t*>(word) = 0;
+  STD_TORCH_CHECK(false,
+                  "fastrnn: an earlier persistent kernel gave up waiting for a block that did not run, and its results "
+                  "are wrong; FASTRNN_PATH=gates avoids such kernels");
+}
+
+template <template <typename> class Cell>
+struct PersistentPath : GatesPath<Cell> {
+  using C = Cell<float>;
+  using Gates = GatesPath<Cell>;
+
+  static ForwardResult forward(const Layer& l, bool save) {
+    const OnDevice device(l.input);
+    const CudaPlan plan = plan_for(l, Pass::forward);
+    if (plan.path == CudaPath::gates) return Gates::forward(l, save);
+    check_no_failure();
+    const ScalarType t = l.storage;
+    ForwardResult r;
+    r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.H}, t) : empty(l.input, {l.T, l.B, l.H}, t);
+    r.h_n = empty(l.input, {l.B, l.H}, t);
+    if (C::kStates == 2) r.c_n = empty(l.input, {l.B, l.H}, t);
+    if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
+    if (save && C::kStates == 2) r.saved_c = empty(l.input, {l.N, l.H}, ScalarType::Float);
+
+    const Tensor x_gates = flat(dense(l.w_ih ? linear(l.input, *l.w_ih, l.b_ih) : l.input), l.N);
+    const Workspace workspace(l, plan.tiling, device);
+    dispatch_float(t, [&](auto types) {
+      using T = typename decltype(types)::storage;
+      check_launch(launch_persistent_forward<Cell, T>(
+          {workspace.steps(l), l.H, plan.tiling, in<T>(x_gates), in<T>(l.w_hh), in<T>(l.b_hh), in<T>(l.h0), in<T>(l.c0),
+           out<T>(r.output), out<T>(r.h_n), out<T>(r.c_n), out<T>(r.saved_gates), out<float>(r.saved_c),
+           out<void>(workspace.exchange), failure_word()},
+          arithmetic(t), device.stream()));
+    });
+    return r;
+  }
+
+ private:
+  static CudaPlan plan_for(const Layer& l, Pass pass) {
+    const CudaForce force = forced_by_environment();
+    const CudaPlan plan = plan_cuda(
+        {l.T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass}, cuda_device(), force);
+    STD_TORCH_CHECK(plan.path == CudaPath::persistent || force.path != CudaPath::persistent,
+                    "fastrnn: FASTRNN_PATH=persistent cannot serve this layer: ", plan.reason);
+    return plan;
+  }
+
+  template <typename F>
+  static void dispatch_float(ScalarType t, const F& f) {
+    if (t == ScalarType::Half) return f(Types<__half, float>{});
+    if (t == ScalarType::BFloat16) return f(Types<__nv_bfloat16, float>{});
+    f(Types<float, float>{});
+  }
+
+  // What a launch needs on the device beside its arguments.
+  struct Workspace {
+    MaybeTensor exchange, row_begin;
+
+    Workspace(const Layer& l, const PersistentTiling& tiling, const OnDevice& device) {
+      if (const int64_t packets = tiling.exchange_packets()) {
+        exchange = empty(l.input, {packets * 2}, ScalarType::Long);
+        set_zero(*exchange);
+      }
+      if (l.input.dim() == 2) {
+        row_begin = empty(l.input, {l.T + 1}, ScalarType::Long);
+        check_launch(launch_write(l.row_begin.data(), l.T + 1, out<int64_t>(row_begin), device.stream()));
+      }
+    }
+    DeviceSteps steps(const Layer& l) const { return {l.T, l.B, in<int64_t>(row_begin), l.steps.reverse}; }
+  };
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The persistent kernels on the emulation, run by tests/test_persistent.py; FASTRNN_LIBRARY names the emulated library.
+
+Small shapes, each for a reason. A tiling is forced: what it takes on a device follows from hidden sizes that are too
+large for here.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from parity import CELLS, LayerCase, check_layer_parity
+from tolerances import error
+
+from fastrnn import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
+
+
+class Tiling(NamedTuple):
+    """Which blocks share a layer. Without a number of teams, every 8 rows of the batch are one."""
+
+    grade: int
+    blocks: int
+    teams: int = 0
+
+    def __str__(self) -> str:
+        return f"grade{self.grade}-blocks{self.blocks}" + f"-teams{self.teams}" * (self.teams > 0)
+
+
+TILINGS = [Tiling(1, 1), Tiling(2, 2), Tiling(2, 4), Tiling(3, 3)]
+Force = Callable[[Tiling], None]
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Force:
+    """Forces the persistent path with a tiling; where it cannot serve, the op raises."""
+
+    def set_environment(tiling: Tiling) -> None:
+        monkeypatch.setenv("FASTRNN_PATH", "persistent")
+        for name, value in tiling._asdict().items():
+            monkeypatch.setenv(f"FASTRNN_PERSISTENT_{name.upper()}", str(value))
+
+    return set_environment
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_parity(cell, dtype, tiling, force):
+    force(tiling)
+    check_layer_parity(LayerCase(cell, 4, 3, 5, 21, dtype, packed=True, reverse=True), ops, reference, CPU)
+
+
+def shapes():
+    for cell in ("gru", "lstm"):
+        yield LayerCase(cell, 1, 1, 1, 1), Tiling(1, 1)
+        yield LayerCase(cell, 2, 1, 3, 16, torch.float16), Tiling(3, 2)
+        yield LayerCase(cell, 5, 11, 3, 13, packed=True), Tiling(2, 2)  # two teams, the second with 3 rows
+    for tiling in (Tiling(1, 1, 1), Tiling(2, 2, 1), Tiling(3, 2, 1)):  # one team takes two tiles of the batch
+        yield LayerCase("gru", 3, 19, 3, 13, torch.bfloat16, packed=True), tiling
+        yield LayerCase("lstm", 3, 19, 3, 13, reverse=True), tiling
+    yield LayerCase("lstm", 3, 19, 3, 16, torch.float16), Tiling(3, 2, 2)  # 16 rows, then 3
+    for packed, reverse, x_gates in itertools.product((False, True), repeat=3):
+        yield LayerCase("lstm", 4, 3, 5, 24, torch.bfloat16, packed, reverse, x_gates=x_gates), Tiling(3, 2)
+        yield LayerCase("gru", 4, 3, 5, 24, torch.float32, packed, reverse, x_gates=x_gates, bias=False), Tiling(2, 2)
+    # Weights that the registers do not hold; the warps share the rows of the weight, not the depth of the product.
+    yield LayerCase("lstm", 2, 3, 2, 128), Tiling(2, 2)
+    yield LayerCase("gru", 2, 2, 2, 128), Tiling(3, 3)
+    yield LayerCase("rnn_tanh", 2, 9, 2, 300, torch.bfloat16), Tiling(3, 7)  # several products of rows and depth
+
+
+@pytest.mark.parametrize(("case", "tiling"), list(shapes()), ids=str)
+def test_shapes(case, tiling, force):
+    force(tiling)
+    check_layer_parity(case, ops, reference, CPU)
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("arithmetic", ["fp32", "tf32", "bf16", "fp16"])
+def test_integers_are_exact(arithmetic, tiling, force, monkeypatch):
+    """No rounding happens, so any order of summation gives the same bits; a wrong row or unit is a wrong integer."""
+    force(tiling)
+    monkeypatch.setenv("FASTRNN_TF32", str(int(arithmetic == "tf32")))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arithmetic, torch.float32)
+
+    def integers(shape, *, generator, dtype):
+        return torch.randint(-1, 2, shape, generator=generator).to(dtype) * (len(shape) == 3 or shape[0] == 3)
+
+    case = LayerCase("rnn_relu", 3, 3, 3, 37, dtype, reverse=True)
+    arguments = case.draw(value=integers)
+    generator = torch.Generator().manual_seed(1)
+    sparse = torch.rand((37, 37), generator=generator) < 0.05
+    arguments["w_hh"] = torch.randint(-1, 2, (37, 37), generator=generator).to(dtype) * sparse
+    arguments["w_ih"] = torch.randint(-1, 2, (37, 3), generator=generator).to(dtype)
+    outputs = case.call(ops, arguments)
+    truth = case.call(reference, {name: t if t is None else t.double() for name, t in arguments.items()})
+    assert truth["h_n"].any()
+    for name, expected in truth.items():
+        torch.testing.assert_close(outputs[name].double(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32(cell, tiling, force, monkeypatch):
+    """Operands are rounded to 11 bits, sums are not: errors are those of half precision operands, no more."""
+    force(tiling)
+    monkeypatch.setenv("FASTRNN_TF32", "1")
+    case = LayerCase(cell, 4, 3, 5, 21, packed=True)
+    arguments = case.draw()
+    outputs = case.call(ops, arguments)
+    truth = case.call(reference, {name: t if t is None else t.double() for name, t in arguments.items()})
+    for name, expected in truth.items():
+        assert 1e-6 < error(outputs[name], expected, is_grad=False) < 4 * 2**-11
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+def test_rows_are_apart(tiling, force):
+    """NaN in one row of the batch stays in that row."""
+    force(tiling)
+    case = LayerCase("lstm", 3, 4, 3, 13, torch.bfloat16)
+    arguments = case.draw()
+    clean = case.call(ops, arguments)["output"]
+    arguments["input"][:, 1] = torch.nan
+    output = case.call(ops, arguments)["output"]
+    others = [0, 2, 3]
+    assert output[:, 1].isnan().all()
+    torch.testing.assert_close(output[:, others], clean[:, others], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_paths_agree_on_what_is_saved(cell, force, monkeypatch):
+    """Each output of the operator, so what either path saves, the other one's backward can read."""
+    case = LayerCase(cell, 4, 3, 5, 13, packed=True, reverse=True)
+    arguments = case.draw()
+    names = ["input", "w_ih", "w_hh", "b_ih", "b_hh", *(["w_hr"] if cell == "lstm" else []), "h0"]
+    positional = [arguments.get(name) for name in names + ["c0"] * (cell == "lstm")]
+    operator = getattr(torch.ops.fastrnn, f"{cell}_layer")
+    monkeypatch.setenv("FASTRNN_PATH", "gates")
+    expected = operator(*positional, case.batch_sizes, True, True)
+    force(Tiling(3, 2))
+    for one, other in zip(operator(*positional, case.batch_sizes, True, True), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_forced_path_serves_or_raises(force, monkeypatch):
+    force(Tiling(1, 1))
+    case = LayerCase("gru")
+    with pytest.raises(RuntimeError, match="cannot serve this layer: float64 has no persistent kernel"):
+        double = replace(case, dtype=torch.float64)
+        double.call(ops, double.draw())
+    with pytest.raises(RuntimeError, match="cannot serve this layer: the recurrent weight does not fit"):
+        large = replace(case, H=500)
+        large.call(ops, large.draw())
+    monkeypatch.setenv("FASTRNN_PATH", "fast")
+    with pytest.raises(RuntimeError, match="expected FASTRNN_PATH to be gates or persistent, got fast"):
+        case.call(ops, case.draw())
