@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The operators: typed functions over `torch.ops.fastrnn`, with their fake kernels and derivatives.
+"""The operators: typed functions over `torch.ops.fastrnn`, with their fake kernels, derivatives and batching rules.
 
 One operator runs one layer in one direction. Backward is an operator of its own; its derivative, which double backward
-asks for, is taken through `fastrnn.reference`.
+asks for, is taken through `fastrnn.reference`, and so is forward-mode differentiation as a whole. Under `torch.vmap`
+the operators run once per member. Autocast does not reach into them: they compute in the dtype of their arguments.
 
 Letters: T time, B batch, I input, H hidden, P projection (P = H without one), N the sum of `batch_sizes`, G gates.
 """
@@ -14,11 +15,9 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
+from .autograd import Operator
 
 _library.load()
-_ops = torch.ops.fastrnn
-
-Gradients = tuple[Tensor | None, ...]
 
 
 def rnn_layer(
@@ -58,14 +57,14 @@ def rnn_layer(
         RuntimeError: ``fastrnn::<op>: expected <argument> <fact>, got <fact>`` on a wrong shape, dtype or device.
         ValueError: On another `nonlinearity`.
 
-    Gates and states are computed in float32 (float64 for float64). Differentiable twice in every floating-point tensor.
+    Gates and states are computed in float32 (float64 for float64). Differentiable any number of times, in
+    reverse and in forward mode, in every floating-point tensor.
     The equation is that of `torch.nn.RNN`.
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"fastrnn::rnn_layer: expected nonlinearity 'tanh' or 'relu', got {nonlinearity!r}")
-    op = _ops.rnn_tanh_layer if nonlinearity == "tanh" else _ops.rnn_relu_layer
-    save = _needs_grad(input, w_ih, w_hh, b_ih, b_hh, h0)
-    output, h_n, _ = op.default(input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse, save)
+    operator = _RNN_TANH if nonlinearity == "tanh" else _RNN_RELU
+    output, h_n, *_ = operator(input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
     return output, h_n
 
 
@@ -92,8 +91,7 @@ def gru_layer(
 
     The equation is that of `torch.nn.GRU`. Arguments, results and errors are those of `rnn_layer`, with G = 3.
     """
-    save = _needs_grad(input, w_ih, w_hh, b_ih, b_hh, h0)
-    output, h_n, _ = _ops.gru_layer.default(input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse, save)
+    output, h_n, *_ = _GRU(input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
     return output, h_n
 
 
@@ -134,17 +132,8 @@ def lstm_layer(
     Returns:
         ``output`` (T, B, P) or packed (N, P), ``h_n`` (B, P), ``c_n`` (B, H).
     """
-    save = _needs_grad(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
-    output, h_n, c_n, *_ = _ops.lstm_layer.default(
-        input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, batch_sizes, reverse, save
-    )
+    output, h_n, c_n, *_ = _LSTM(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, batch_sizes, reverse)
     return output, h_n, c_n
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return False  # one trace serves with and without grad: backward recomputes what was not saved
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # Fake kernels: shapes alone.
@@ -216,103 +205,7 @@ def _one_state_layer_backward_fake(  # type: ignore[no-untyped-def]
     return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh), (h0,), need_input, need_weights)
 
 
-# Derivatives. An operator's arguments are: `floats` floating-point tensors, which it is differentiable in, then
-# batch_sizes, reverse, save. Its results are output, the final states, and what is saved for backward.
-
-
-def _register(name: str, floats: int, states: int, layer: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Registers first and second derivatives of an operator.
-
-    Args:
-        name: Of the operator.
-        floats: How many floating-point arguments come first.
-        states: How many of the last of them are states.
-        layer: The definition in plain torch, as a function of the operator's arguments without save.
-    """
-    forward, backward = getattr(_ops, name).default, getattr(_ops, f"{name}_backward").default
-    grads = 1 + states  # of the output and the final states
-
-    def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *arguments, ctx.reverse, ctx.save = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[grads:])
-        ctx.save_for_backward(*arguments, output[0], *output[grads:])
-
-    def apply_backward(ctx: Any, *grad_results: Tensor | None) -> Gradients:
-        tensors = ctx.saved_tensors  # once: checkpointing recomputes at every look
-        arguments, (output, *saved) = tensors[: floats + 1], tensors[floats + 1 :]
-        if not ctx.save:
-            output, *saved = (r for i, r in enumerate(forward(*arguments, ctx.reverse, True)) if i == 0 or i >= grads)
-        needed = ctx.needs_input_grad
-        gradients = backward(
-            *grad_results[:grads],
-            *arguments,
-            ctx.reverse,
-            output,
-            *saved,
-            needed[0],
-            any(needed[1 : floats - states]),
-        )
-        return *(g if need else None for g, need in zip(gradients, needed, strict=False)), None, None, None
-
-    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.reverse = inputs[grads + floats + 1]
-        ctx.inputs = len(inputs)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: grads + floats + 1])
-
-    def apply_double_backward(ctx: Any, *grad_gradients: Tensor | None) -> Gradients:
-        *given, batch_sizes = ctx.saved_tensors
-        gradients = _through_definition(
-            lambda *tensors: layer(*tensors, batch_sizes, ctx.reverse), given[:grads], given[grads:], grad_gradients
-        )
-        return *gradients, *([None] * (ctx.inputs - len(gradients)))
-
-    torch.library.register_autograd(f"fastrnn::{name}", apply_backward, setup_context=save_forward)
-    torch.library.register_autograd(f"fastrnn::{name}_backward", apply_double_backward, setup_context=save_backward)
-
-
-def _through_definition(
-    function: Callable[..., tuple[Tensor, ...]],
-    grad_results: Sequence[Tensor | None],
-    arguments: Sequence[Tensor | None],
-    grad_gradients: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """The vector-Jacobian product of a function's own vector-Jacobian product.
-
-    Returns:
-        The gradients of `grad_results`, then of `arguments`, of the sum of `grad_gradients` times the gradients of
-        `arguments`.
-    """
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [None if t is None else t.view_as(t).requires_grad_() for t in (*grad_results, *arguments)]
-        cotangents, variables = inputs[: len(grad_results)], inputs[len(grad_results) :]
-        results = function(*variables)
-        pairs = [(r, g) for r, g in zip(results, cotangents, strict=False) if g is not None and r.requires_grad]
-        present = [v for v in variables if v is not None]
-        first = iter(
-            torch.autograd.grad(
-                [r for r, _ in pairs], present, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
-        gradients = [None if v is None else next(first) for v in variables]
-        weighted = [
-            (g, gg)
-            for g, gg in zip(gradients, grad_gradients, strict=True)
-            if g is not None and gg is not None and g.requires_grad
-        ]
-        wanted = [t for t in inputs if t is not None]
-        second = iter(
-            torch.autograd.grad(
-                [g for g, _ in weighted],
-                wanted,
-                [gg.view_as(g) for g, gg in weighted],
-                create_graph=differentiable,
-                allow_unused=True,
-            )
-        )
-        return [None if t is None else next(second) for t in inputs]
+# The operators.
 
 
 def _lstm_definition(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, batch_sizes, reverse):  # type: ignore[no-untyped-def]
@@ -321,24 +214,22 @@ def _lstm_definition(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, batch_sizes, r
     )
 
 
-def _one_state_definition(
-    layer: Callable[..., tuple[Tensor, Tensor]], **options: str
-) -> Callable[..., tuple[Tensor, ...]]:
+def _one_state_operator(
+    name: str, saved: int, gates: int, layer: Callable[..., tuple[Tensor, Tensor]], **options: str
+) -> Operator:
     def definition(*arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, batch_sizes, reverse = arguments
         return layer(*tensors, batch_sizes=batch_sizes, reverse=reverse, **options)
 
-    return definition
+    torch.library.register_fake(f"fastrnn::{name}", _one_state_layer_fake(saved, gates))
+    torch.library.register_fake(f"fastrnn::{name}_backward", _one_state_layer_backward_fake)
+    return Operator(name, floats=6, states=1, definition=definition)
 
+
+_RNN_TANH = _one_state_operator("rnn_tanh_layer", 0, 1, reference.rnn_layer, nonlinearity="tanh")
+_RNN_RELU = _one_state_operator("rnn_relu_layer", 0, 1, reference.rnn_layer, nonlinearity="relu")
+_GRU = _one_state_operator("gru_layer", 4, 3, reference.gru_layer)
 
 torch.library.register_fake("fastrnn::lstm_layer", _lstm_layer_fake)
 torch.library.register_fake("fastrnn::lstm_layer_backward", _lstm_layer_backward_fake)
-_register("lstm_layer", 8, 2, _lstm_definition)
-for _name, _saved, _gates, _definition in (
-    ("rnn_tanh_layer", 0, 1, _one_state_definition(reference.rnn_layer, nonlinearity="tanh")),
-    ("rnn_relu_layer", 0, 1, _one_state_definition(reference.rnn_layer, nonlinearity="relu")),
-    ("gru_layer", 4, 3, _one_state_definition(reference.gru_layer)),
-):
-    torch.library.register_fake(f"fastrnn::{_name}", _one_state_layer_fake(_saved, _gates))
-    torch.library.register_fake(f"fastrnn::{_name}_backward", _one_state_layer_backward_fake)
-    _register(_name, 6, 1, _definition)
+_LSTM = Operator("lstm_layer", floats=8, states=2, definition=_lstm_definition)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How the operators are differentiated and batched.
+
+In eager mode a layer is a `torch.autograd.Function` around the operator, or without gradients the operator alone. Under
+torch.compile, torch.export and torch.jit.trace it is the registered operator, one opaque node. Both use the same
+formulas:
+
+* first derivatives: the operator's backward, which is an operator too;
+* derivatives of that: through the definition, `fastrnn.reference`;
+* forward-mode derivatives: the definition takes the place of the operator;
+* torch.vmap: layers that share their weights are folded into one, others run one by one.
+
+An operator that torch.func finds by itself, called as `torch.ops.fastrnn.*` or in a compiled graph, is its definition.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Tensors = tuple[Tensor, ...]
+Gradients = Sequence[Tensor | None]
+
+
+class Operator:
+    """An operator and its backward.
+
+    The arguments of the operator are `floats` floating-point tensors, which it is differentiable in and the last of
+    which are its `states`, then batch_sizes, reverse and save. Its results are the output and the final states,
+    `results` tensors in all, then what is saved for backward. The arguments of its backward are the gradients of the
+    results, the arguments without save, the output, what was saved, and which gradients are needed.
+    """
+
+    def __init__(self, name: str, floats: int, states: int, definition: Callable[..., Tensors]) -> None:
+        """Registers the derivatives and the batching rules of torch.ops.fastrnn.<name> and <name>_backward.
+
+        Args:
+            name: Of the operator.
+            floats: How many floating-point arguments come first.
+            states: How many of the last of them are states.
+            definition: The results in plain torch, as a function of the arguments without save.
+        """
+        self.name, self.floats, self.states, self.definition = name, floats, states, definition
+        self.results = 1 + states
+        self.forward = getattr(torch.ops.fastrnn, name).default
+        self.backward = getattr(torch.ops.fastrnn, f"{name}_backward").default
+        for op, kernel, rule in (
+            (self.forward, _differentiable_forward, _batched_forward),
+            (self.backward, _differentiable_backward, _batched_backward),
+        ):
+            _register(op, partial(kernel, self), "Autograd")
+            for device in ("cpu", "cuda"):
+                _register(op, partial(_call_without_autocast, op, device), f"Autocast{device.upper()}")
+            torch.library.register_vmap(op, partial(rule, self))
+
+    def __call__(self, *arguments: Any) -> Tensors:
+        """Runs the layer: output and final states, maybe more, as a differentiable function of the arguments."""
+        if torch.compiler.is_compiling():
+            tensors = arguments[: self.floats]
+            save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            return self.forward(*arguments, save)  # type: ignore[no-any-return]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            # One trace serves with and without grad: backward recomputes what was not saved.
+            return self.forward(*arguments, False)  # type: ignore[no-any-return]
+        if _is_forward_mode():
+            return self.definition(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return _FastrnnLayer.apply(self, *arguments, True)  # type: ignore[no-any-return, no-untyped-call]
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return _FastrnnEagerLayer.apply(self, *arguments, True)  # type: ignore[no-any-return, no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.forward(*arguments, False)  # type: ignore[no-any-return]
+
+    def gradients(self, batch_sizes: Tensor | None, reverse: bool, *tensors: Tensor | None) -> Gradients:
+        """What backward computes, through the definition.
+
+        Args:
+            batch_sizes: The argument of the operator.
+            reverse: The argument of the operator.
+            tensors: The gradients of the results, then the floating-point arguments.
+        """
+        grad_results, floats = tensors[: self.results], tensors[self.results :]
+        return _vjp(lambda *floats: self.definition(*floats, batch_sizes, reverse), floats, grad_results)
+
+
+_library = torch.library.Library("fastrnn", "IMPL")  # type: ignore[no-untyped-call]  # registrations end with it
+
+
+def _register(op: Any, kernel: Callable[..., Any], dispatch_key: str) -> None:
+    _library.impl(op._opname, kernel, dispatch_key)  # type: ignore[no-untyped-call]
+
+
+def _is_forward_mode() -> bool:
+    return forward_ad._current_level >= 0  # of torch.func.jvp as well
+
+
+def _differentiable_forward(operator: Operator, *arguments: Any) -> Tensors:
+    """What the operator does with autograd: called by torch.ops, and by graphs that hold it."""
+    if _is_forward_mode() or torch._C._are_functorch_transforms_active():  # which refuse a Function inside an operator
+        *without_save, save = arguments
+        nothing = arguments[0].new_empty(0)
+        count = len(operator.forward._schema.returns) - operator.results
+        return *operator.definition(*without_save), *[nothing] * count
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return _FastrnnLayer.apply(operator, *arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _FastrnnLayer.forward(operator, *arguments)
+
+
+def _differentiable_backward(operator: Operator, *arguments: Any) -> Gradients:
+    if _is_forward_mode():
+        tensors = operator.results + operator.floats
+        return operator.gradients(*arguments[tensors : tensors + 2], *arguments[:tensors])
+    if torch._C._are_functorch_transforms_active() or (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+    ):
+        return _FastrnnGradient.apply(operator, *arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _FastrnnGradient.forward(operator, *arguments)
+
+
+def _call_without_autocast(op: Any, device: str, *arguments: Any) -> Tensors:
+    # The products inside compute in the dtype of the arguments. This kernel is not reached where autocast is off.
+    with torch.autocast(device, enabled=False):
+        return op(*arguments)  # type: ignore[no-any-return]
+
+
+# Users see the names of these classes: grad_fn=<_FastrnnLayerBackward>.
+
+
+class _FastrnnLayer(torch.autograd.Function):
+    """A layer, for torch.func and for graphs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Operator, *arguments: Any) -> Tensors:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.forward(*arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        operator, *arguments, ctx.reverse, ctx.save = inputs
+        ctx.operator = operator
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[operator.results :])
+        ctx.save_for_backward(*arguments, output[0], *output[operator.results :])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_results: Tensor | None) -> Gradients:
+        operator = ctx.operator
+        first_state, end = operator.floats - operator.states, operator.floats + 1
+        tensors = ctx.saved_tensors  # once: checkpointing recomputes at every look
+        arguments, (output, *saved) = tensors[:end], tensors[end:]
+        if not ctx.save:
+            output, *rest = operator.forward(*arguments, ctx.reverse, True)
+            saved = rest[operator.states :]
+        needed = ctx.needs_input_grad[1:]
+        call = operator.backward if torch.compiler.is_compiling() else partial(_differentiable_backward, operator)
+        gradients = call(
+            *grad_results[: operator.results],
+            *arguments,
+            ctx.reverse,
+            output,
+            *saved,
+            needed[0],
+            any(needed[1:first_state]),
+        )
+        return None, *(g if need else None for g, need in zip(gradients, needed, strict=False)), None, None, None
+
+
+class _FastrnnEagerLayer(torch.autograd.Function):
+    """As _FastrnnLayer, in the form that costs least per call. torch.func does not take this form."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensors:
+        results = _FastrnnLayer.forward(*arguments)
+        _FastrnnLayer.setup_context(ctx, arguments, results)
+        return results[: arguments[0].results]
+
+    backward = _FastrnnLayer.backward
+
+
+class _FastrnnGradient(torch.autograd.Function):
+    """The backward of a layer."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Operator, *arguments: Any) -> Tensors:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.backward(*arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.operator, *arguments = inputs
+        ctx.inputs = len(inputs)
+        tensors = ctx.operator.results + ctx.operator.floats + 1
+        ctx.reverse = arguments[tensors]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments[:tensors])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_gradients: Tensor | None) -> Gradients:
+        *tensors, batch_sizes = ctx.saved_tensors
+        second = _vjp(partial(ctx.operator.gradients, batch_sizes, ctx.reverse), tensors, grad_gradients)
+        return None, *second, *[None] * (ctx.inputs - 1 - len(second))
+
+
+def _vjp(
+    function: Callable[..., Gradients], arguments: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> Gradients:
+    """The gradients of the arguments that are there, from those of the results that are there."""
+    if all(cotangent is None for cotangent in cotangents):
+        return [None] * len(arguments)
+    there = [argument is not None for argument in arguments]
+
+    def results_with_cotangent(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+        given = iter(tensors)
+        results = function(*(next(given) if is_there else None for is_there in there))
+        return tuple(r for r, cotangent in zip(results, cotangents, strict=False) if cotangent is not None)
+
+    _, pullback, *_ = torch.func.vjp(results_with_cotangent, *(a for a in arguments if a is not None))
+    gradients = iter(pullback(tuple(cotangent for cotangent in cotangents if cotangent is not None)))
+    return [next(gradients) if is_there else None for is_there in there]
+
+
+# Batching rules, as torch.library.register_vmap takes them.
+
+
+def _batched_forward(operator: Operator, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:
+    _refuse_mapped(operator.forward, in_dims, "batch_sizes", operator.floats)
+    first_state, batch_sizes = operator.floats - operator.states, arguments[operator.floats]
+    if batch_sizes is not None or any(dim is not None for dim in in_dims[1:first_state]):
+        return _one_by_one(operator.forward, info, in_dims, arguments)
+
+    # The members share their weights: they are rows of one batch. V members of B rows each.
+    def fold(index: int, member_dim: int) -> Tensor:
+        tensor, dim = arguments[index], in_dims[index]
+        if dim is None:
+            tensor, dim = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape), 0
+        return tensor.movedim(dim, member_dim).flatten(member_dim, member_dim + 1)  # type: ignore[no-any-return]
+
+    states = [fold(index, 0) for index in range(first_state, operator.floats)]
+    results = operator.forward(fold(0, 1), *arguments[1:first_state], *states, *arguments[operator.floats :])
+    members_and_rows = (info.batch_size, states[0].size(0) // info.batch_size)
+    output, *states = results[: operator.results]
+    saved = [
+        t.unflatten(0, (-1, *members_and_rows)).movedim(1, 0).flatten(1, 2)  # (T*V*B, K) to (V, T*B, K)
+        if t.dim() == 2
+        else t.expand(info.batch_size, 0)
+        for t in results[operator.results :]
+    ]
+    unfolded = (output.unflatten(1, members_and_rows), *(s.unflatten(0, members_and_rows) for s in states), *saved)
+    return unfolded, (1, *[0] * (len(results) - 1))
+
+
+def _batched_backward(operator: Operator, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:
+    _refuse_mapped(operator.backward, in_dims, "batch_sizes", operator.results + operator.floats)
+    return _one_by_one(operator.backward, info, in_dims, arguments)
+
+
+def _refuse_mapped(op: Any, in_dims: Sequence[int | None], name: str, index: int) -> None:
+    if in_dims[index] is not None:
+        raise RuntimeError(f"{op.name()}: expected {name} to be the same for all members of vmap, got a mapped one")
+
+
+def _one_by_one(op: Any, info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> Any:
+    members = [
+        op(*(a if dim is None else a.select(dim, member) for a, dim in zip(arguments, in_dims, strict=True)))
+        for member in range(info.batch_size)
+    ]
+    return tuple(torch.stack(results) for results in zip(*members, strict=True)), (0,) * len(members[0])
