@@ -4,7 +4,7 @@
 Letters: T time, B batch, I input, H hidden, P projection, L layers, D directions.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,7 @@ OPS: dict[str, tuple[str, dict[str, Any]]] = {
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 LAYOUTS = ("dense", "batch_first", "unbatched", "packed", "packed_unsorted")
 Tensors = dict[str, Tensor]
+Results = tuple[Tensors, Tensors]  # outputs and gradients
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def run(
     module: nn.Module,
     tensors: Tensors,
     lengths: Tensor | None,
-) -> tuple[Tensors, Tensors]:
+) -> Results:
     """Runs a module forward and backward. Returns outputs by name, and the gradients of inputs and parameters."""
     parameter = next(module.parameters())
     tensors = {name: tensor.to(parameter) for name, tensor in tensors.items()}
@@ -197,7 +198,7 @@ class LayerCase:
 
     def run(
         self, namespace: ModuleType, arguments: dict[str, Tensor | None], grad: Callable[..., Tensor] = torch.randn
-    ) -> tuple[Tensors, Tensors]:
+    ) -> Results:
         """Forward and backward, from gradients drawn for every output. Returns outputs and gradients by name."""
         leaves = {name: t.detach().clone().requires_grad_() for name, t in arguments.items() if t is not None}
         outputs = self.call(namespace, {name: leaves.get(name) for name in arguments})
@@ -208,31 +209,30 @@ class LayerCase:
         )
 
 
-def check_layer_parity(case: LayerCase, ours: ModuleType, reference: ModuleType, device: torch.device) -> None:
-    """Runs ours, the reference in the same dtype, and the reference in float64."""
-    arguments = case.draw()
-    moves = [(ours, device, case.dtype), (reference, device, case.dtype), (reference, "cpu", torch.float64)]
-    assert_parity(
-        case.terms,
-        *(
-            case.run(namespace, {name: t if t is None else t.to(where, dtype) for name, t in arguments.items()})
-            for namespace, where, dtype in moves
-        ),
-    )
-
-
 def assert_parity(
-    terms: int, ours: Iterable[Tensors], torch_same_dtype: Iterable[Tensors], truth_fp64: Iterable[Tensors]
+    case: Case | LayerCase,
+    ours: Results,
+    torch_same_dtype: Results,
+    truth_fp64: Results,
+    precision: torch.dtype | None = None,
 ) -> None:
-    """Compares (outputs, gradients) of two runs with those of the run in float64, name by name."""
+    """Compares the outputs and gradients of two runs with those of the run in float64, name by name."""
+    short = (precision or case.dtype).itemsize == 2
     for is_grad, our, theirs, truth in zip((False, True), ours, torch_same_dtype, truth_fp64, strict=True):
         assert list(our) == list(theirs) == list(truth)
+        if is_grad and short and case.cell == "rnn_relu":
+            # Rounding to 16 bits moves values across the kink of relu, where the gradient jumps: nothing to measure.
+            # test_exact.py has these gradients, where no rounding happens.
+            break
         for name in our:
             label = f"grad of {name}" if is_grad else name
-            assert_close_to_truth(label, our[name], theirs[name], truth[name], terms=terms, is_grad=is_grad)
+            options = {"terms": case.terms, "is_grad": is_grad, "precision": precision}
+            assert_close_to_truth(label, our[name], theirs[name], truth[name], **options)
 
 
-def check_parity(case: Case, namespace: ModuleType, device: torch.device, seed: int = 0) -> None:
+def check_parity(
+    case: Case, namespace: ModuleType, device: torch.device, seed: int = 0, precision: torch.dtype | None = None
+) -> None:
     """Draws weights and tensors; runs namespace's module, torch.nn's in the same dtype, and torch.nn's in float64."""
     torch.manual_seed(seed)
     theirs = case.module(nn, device=device)
@@ -244,5 +244,16 @@ def check_parity(case: Case, namespace: ModuleType, device: torch.device, seed: 
     results = []
     for module in (ours, theirs, truth):
         torch.manual_seed(seed)  # for dropout: torch draws the same mask in every dtype
-        results.append(run(case, module, dict(tensors), lengths))
-    assert_parity(case.terms, *results)
+        results.append(run(case, module, tensors, lengths))
+    assert_parity(case, *results, precision)
+
+
+def check_layer_parity(case: LayerCase, ours: ModuleType, reference: ModuleType, device: torch.device) -> None:
+    """Runs ours, the reference in the same dtype, and the reference in float64."""
+    arguments = case.draw()
+    moves = [(ours, device, case.dtype), (reference, device, case.dtype), (reference, "cpu", torch.float64)]
+    results = [
+        case.run(namespace, {name: t if t is None else t.to(where, dtype) for name, t in arguments.items()})
+        for namespace, where, dtype in moves
+    ]
+    assert_parity(case, *results)

@@ -261,7 +261,7 @@ def test_devices(cell):
 
 
 @pytest.mark.parametrize(
-    "bad", ["input width", "input 3-D", "input 0-D", "hx batch", "hx width", "hx 1-D", "dtype", "hx dtype"]
+    "bad", ["input width", "input 3-D", "input 0-D", "input dtype", "hx batch", "hx width", "hx 1-D", "hx dtype"]
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_cell_modules(cell, bad):
@@ -392,8 +392,8 @@ def test_enormous_sizes(cell, sizes, outcomes):
 
 def test_meta_shapes_do_not_overflow():
     module = fastrnn.LSTM(3, 2**20, device="meta")
-    output, (h_n, c_n) = module(torch.empty(2**20, 2**20, 3, device="meta"))
-    assert output.shape == (2**20, 2**20, 2**20) and h_n.shape == c_n.shape == (1, 2**20, 2**20)
+    output, (h_n, c_n) = module(torch.empty(2**20, 2**10, 3, device="meta"))
+    assert output.shape == (2**20, 2**10, 2**20) and h_n.shape == c_n.shape == (1, 2**10, 2**20)
 
 
 @pytest.mark.extended

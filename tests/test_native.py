@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CPU_FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 
+OPTIMIZE = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # as in setup.py
 # The compiler may fuse a product and a sum where the instruction set can: the error bounds hold either way.
 INSTRUCTION_SETS = {"portable": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx2", "-mfma"]}
 NEEDED_CPU_FLAGS = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "fma"}}
@@ -23,7 +24,7 @@ def test_cells(isa, tmp_path):
     program = tmp_path / "cells_test"
     compiler = os.environ.get("CXX", "g++").split()
     source = ROOT / "tests/native/cells_test.cpp"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *INSTRUCTION_SETS[isa]]
+    flags = ["-std=c++17", *OPTIMIZE, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *INSTRUCTION_SETS[isa]]
     subprocess.run([*compiler, *flags, "-I", ROOT / "csrc", source, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     print(result.stdout)

@@ -123,7 +123,7 @@ def test_instruction_sets(isa):
     if ISAS.index(isa) > ISAS.index(_C.isa()):
         pytest.skip(f"this processor has {_C.isa()} at best")
     script = f"import test_threads; assert test_threads._C.isa() == {isa!r}; test_threads.check_all_cases()"
-    environment = os.environ | {"FASTRNN_ISA": isa}
+    environment = os.environ | {"FASTRNN_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
     )

@@ -10,6 +10,8 @@ torch.nn in float64 on the same (rounded) inputs and weights, and a bound::
 difference, that of a gradient the L2 norm of the difference over the norm of the true gradient. A gradient must also
 point the right way: ``1 - cosine`` is of the order of half the square of the error, and is bounded so.
 
+torch.nn's own error must be of the order of rounding too, or the case measures nothing.
+
 Loosening a number here is a commit of its own, with the measurement and the reason.
 """
 
@@ -18,7 +20,10 @@ import math
 import torch
 from torch import Tensor
 
-SLACK = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+# Measured on 12000 random cases: 0.86 in float64, where torch.nn has no error of its own to compare with, 0.21 in
+# float32, and 0.02 in 16 bits, where twice the error of torch.nn leaves room enough.
+SLACK = {torch.float64: 2.0, torch.float32: 1.0, torch.bfloat16: 0.25, torch.float16: 0.25}
+SANE = 8.0  # how many times the slack torch.nn may be off; measured: 1.3
 
 
 def error(value: Tensor, truth: Tensor, is_grad: bool) -> float:
@@ -46,18 +51,30 @@ def slack(dtype: torch.dtype, terms: int, is_grad: bool) -> float:
 
 
 def assert_close_to_truth(
-    name: str, ours: Tensor, torch_same_dtype: Tensor, truth_fp64: Tensor, *, terms: int, is_grad: bool = False
+    name: str,
+    ours: Tensor,
+    torch_same_dtype: Tensor,
+    truth_fp64: Tensor,
+    *,
+    terms: int,
+    is_grad: bool = False,
+    precision: torch.dtype | None = None,
 ) -> None:
-    """Asserts that ``ours`` is as close to the truth as torch.nn in the same dtype is, give or take rounding."""
+    """Asserts that ``ours`` is as close to the truth as torch.nn in the same dtype is, give or take rounding.
+
+    ``precision`` is the dtype that the values were computed in, where it is not their own (autocast).
+    """
     assert ours.shape == torch_same_dtype.shape, f"{name}: shape {ours.shape}, torch.nn's {torch_same_dtype.shape}"
     assert ours.dtype == torch_same_dtype.dtype, f"{name}: {ours.dtype}, torch.nn's {torch_same_dtype.dtype}"
+    rounding = slack(precision or ours.dtype, terms, is_grad)
     ours, theirs, truth = (tensor.detach().cpu() for tensor in (ours, torch_same_dtype, truth_fp64))
-    rounding = slack(ours.dtype, terms, is_grad)
-    measures = [("error", error(ours, truth, is_grad), error(theirs, truth, is_grad), 2.0, rounding)]
+    our_error, torch_error = error(ours, truth, is_grad), error(theirs, truth, is_grad)
+    assert torch_error <= SANE * rounding, f"{name}: torch.nn is off by {torch_error:.3g}: the test case is wrong"
+    figures = [("error", our_error, torch_error, 2 * torch_error + rounding)]
     if is_grad:
-        measures.append(
-            ("1 - cosine", cosine_distance(ours, truth), cosine_distance(theirs, truth), 4.0, rounding**2 / 2)
+        our_angle, torch_angle = cosine_distance(ours, truth), cosine_distance(theirs, truth)
+        figures.append(("1 - cosine", our_angle, torch_angle, 4 * torch_angle + rounding**2 / 2))
+    for measure, our_figure, torch_figure, bound in figures:
+        assert our_figure <= bound, (
+            f"{name}: {measure} {our_figure:.3g}, torch.nn's {torch_figure:.3g}, bound {bound:.3g}"
         )
-    for measure, our_error, torch_error, factor, allowance in measures:
-        bound = factor * torch_error + allowance
-        assert our_error <= bound, f"{name}: {measure} {our_error:.3g}, torch.nn's {torch_error:.3g}, bound {bound:.3g}"
