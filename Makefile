@@ -25,8 +25,7 @@ test-all: build $(VENV)/.with-test  ## run the extended tier as well
 	FASTRNN_EXTENDED=1 $(PYTEST)
 
 test-gpu: build $(VENV)/.with-test  ## run the tests that need a CUDA device
-	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no CUDA device")'
-	$(BIN)/python -m pytest -k cuda
+	$(BIN)/python tests/cuda/run.py
 
 bench: build $(VENV)/.with-bench  ## compare with torch.nn on this machine
 	$(BIN)/python benchmarks/bench.py
