@@ -88,6 +88,7 @@ class Backward {
         const auto tiles = [&](int64_t row_begin, int64_t row_end, bool following) {
           for_each_tile(row_begin, row_end, kRows, [&](int64_t b, int count) {
             alignas(64) Tile d_h;
+            prefetch_rows(panel, s, b, count);
             if (p_.w_hr) {
               rows_times(hr_, panel, p_.d_projected, first_row + b, count, d_h);
             } else {
@@ -108,6 +109,23 @@ class Backward {
           rows_times(hh_, panel, p_.d_h_gates, first_row + b, count, d_h);
           add_tile(panel, d_h, count, p_.d_h0 + b * p_.P);
         });
+      }
+    }
+  }
+
+  // What update() reads and writes for the rows [b, b + count), which lies in memory since the forward pass.
+  void prefetch_rows(int64_t panel, int64_t s, int64_t b, int count) const {
+    const int64_t j = panel * Panel::kBlock, width = std::min<int64_t>(Panel::kBlock, p_.H - j);
+    for (int r = 0; r < count; ++r) {
+      const int64_t row = p_.steps.row_begin[p_.steps.time(s)] + b + r;
+      for (int k = 0; k < Cell::kSaved; ++k) {
+        prefetch(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, width, false);
+      }
+      if (Cell::kStates == 2) prefetch(p_.saved_c + row * p_.H + j, width, false);
+      if (p_.d_output && !p_.w_hr) prefetch(p_.d_output + row * p_.P + j, width, false);
+      for (int g = 0; g < Cell::kGates; ++g) {
+        prefetch(p_.d_x_gates + (row * Cell::kGates + g) * p_.H + j, width, true);
+        if (Cell::kGateGradsDiffer) prefetch(p_.d_h_gates + (row * Cell::kGates + g) * p_.H + j, width, true);
       }
     }
   }
@@ -144,15 +162,13 @@ class Backward {
     }
     const int64_t row = p_.steps.row_begin[p_.steps.time(s)] + b;
     for (int r = 0; r < count; ++r) {
-      for (int u = 0; u < Panel::kVectorsPerGate; ++u) {
-        const int64_t j = panel * Panel::kBlock + u * kWidth<T>;
-        if (j >= p_.P) break;
-        const int lanes = static_cast<int>(std::min<int64_t>(kWidth<T>, p_.P - j));
-        T* at = d_h + r * Panel::kColumns + u * kWidth<T>;
+      const int64_t j0 = panel * Panel::kBlock;
+      for_each_vector<T>(j0, j0 + Panel::kBlock, p_.P, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+        T* at = d_h + r * Panel::kColumns + j - j0;
         V sum = load(at) + load(p_.d_h0 + (b + r) * p_.P + j, lanes);
         if (p_.d_output) sum += load(p_.d_output + (row + r) * p_.P + j, lanes);
         store(at, sum);
-      }
+      });
     }
   }
 
@@ -181,10 +197,8 @@ class Backward {
     const int64_t row = p_.steps.row_begin[p_.steps.time(s)] + b;
     const bool first = b >= p_.steps.count(s - 1);  // the row's first step
     const int64_t row_before = first ? b : p_.steps.row_begin[p_.steps.time(s - 1)] + b;
-    for (int u = 0; u < Panel::kVectorsPerGate; ++u) {
-      const int64_t j = panel * Panel::kBlock + u * kWidth<T>;
-      if (j >= p_.H) break;
-      const int lanes = static_cast<int>(std::min<int64_t>(kWidth<T>, p_.H - j));
+    const int64_t j0 = panel * Panel::kBlock;
+    for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kSaved> saved;
       for (int k = 0; k < Cell::kSaved; ++k) {
         saved[k] = load(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, lanes);
@@ -192,7 +206,7 @@ class Backward {
       Values<V, Cell::kStates> prev, next, d_next, d_prev;
       prev[0] = p_.w_hr ? V{} : load((first ? p_.h0 : p_.output) + row_before * p_.P + j, lanes);
       next[0] = p_.w_hr ? V{} : load(p_.output + row * p_.P + j, lanes);
-      d_next[0] = load(d_h + u * kWidth<T>);
+      d_next[0] = load(d_h + j - j0);
       if constexpr (Cell::kStates == 2) {
         prev[1] = load((first ? p_.c0 : p_.saved_c) + row_before * p_.H + j, lanes);
         next[1] = load(p_.saved_c + row * p_.H + j, lanes);
@@ -207,7 +221,7 @@ class Backward {
       }
       if (!p_.w_hr) store(p_.d_h0 + b * p_.P + j, d_prev[0], lanes);
       if constexpr (Cell::kStates == 2) store(p_.d_c0 + b * p_.H + j, d_prev[1], lanes);
-    }
+    });
   }
 
   // to [B, width] = from, or zero: the part's rows, and the columns of its panels.

@@ -208,15 +208,12 @@ class Forward {
   void update(int64_t panel, int64_t b, int64_t row, const X* x_gates, int64_t x_stride, const T* h_gates,
               const S* h_prev) const {
     S* h_next = p_.w_hr ? m_.get() + b * p_.H : p_.output + row * p_.P;
-    for (int u = 0; u < Gates::kVectorsPerGate; ++u) {
-      const int64_t at = u * kWidth<T>;
-      const int64_t j = panel * Gates::kBlock + at;
-      if (j >= p_.H) break;
-      const int lanes = static_cast<int>(std::min<int64_t>(kWidth<T>, p_.H - j));
+    const int64_t j0 = panel * Gates::kBlock;
+    for_each_vector<T>(j0, j0 + Gates::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kGates> gx, gh;
       for (int g = 0; g < Cell::kGates; ++g) {
-        gx[g] = load(x_gates + g * x_stride + at, lanes);
-        gh[g] = load(h_gates + g * Gates::kBlock + at);
+        gx[g] = load(x_gates + g * x_stride + j - j0, lanes);
+        gh[g] = load(h_gates + g * Gates::kBlock + j - j0);
       }
       Values<V, Cell::kStates> prev, next;
       Values<V, Cell::kSaved> saved;
@@ -235,7 +232,7 @@ class Forward {
         if (p_.saved_c) store(p_.saved_c + row * p_.H + j, next[1], lanes);
         if (p_.saved_m) store(p_.saved_m + row * p_.H + j, next[0], lanes);
       }
-    }
+    });
   }
 
   void project(int64_t begin, int64_t end, int64_t first_row) const {
@@ -248,11 +245,9 @@ class Forward {
         alignas(64) T h[kRows * Projection::kColumns];
         times<Projection>(p_.w_hr, nullptr, packed_hr_, {}, p_.P, p_.H, panel, count, rows, h);
         for (int r = 0; r < count; ++r) {
-          for (int64_t j = 0; j < std::min<int64_t>(Projection::kBlock, p_.P - j0); j += kWidth<T>) {
-            const int lanes = static_cast<int>(std::min<int64_t>(kWidth<T>, p_.P - j0 - j));
-            S* to = p_.output + (first_row + b0 + r) * p_.P + j0 + j;
-            store(to, load(h + r * Projection::kColumns + j), lanes);
-          }
+          for_each_vector<T>(j0, j0 + Projection::kBlock, p_.P, [&](int64_t j, auto lanes) {
+            store(p_.output + (first_row + b0 + r) * p_.P + j, load(h + r * Projection::kColumns + j - j0), lanes);
+          });
         }
       });
     }

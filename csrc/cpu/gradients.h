@@ -130,14 +130,11 @@ class WeightGradients {
         alignas(64) T tile[kRows * Panel::kColumns];
         product<T, Panel::kVectors>(tile_rows, depth, rows, packed + panel * depth * Panel::kColumns, nullptr, tile);
         for (int r = 0; r < tile_rows; ++r) {
-          for (int u = 0; u < Panel::kVectorsPerGate; ++u) {
-            const int64_t j = j0 + u * kWidth<T>;
-            if (j >= p_.K) break;
-            const int lanes = static_cast<int>(std::min<int64_t>(kWidth<T>, p_.K - j));
+          for_each_vector<T>(j0, j0 + Panel::kBlock, p_.K, [&](int64_t j, auto lanes) FASTRNN_INLINE {
             T* to = p_.d_weight + (m0 + m + r) * p_.K + j;
-            const Vec<T> part = load(tile + r * Panel::kColumns + u * kWidth<T>);
+            const Vec<T> part = load(tile + r * Panel::kColumns + j - j0);
             store(to, n0 == 0 ? part : part + load(to, lanes), lanes);
-          }
+          });
         }
       });
     }

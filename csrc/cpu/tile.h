@@ -33,16 +33,49 @@ FASTRNN_HD void store(T* to, Vec<T> v) {
 }
 // The first `lanes` lanes only: at the end of a row of units. The others read as 0.
 template <typename T>
-FASTRNN_HD Vec<T> load(const T* from, int lanes) {
-  if (lanes >= kWidth<T>) return load(from);
+Vec<T> load(const T* from, int lanes) {
   Vec<T> v{};
-  for (int i = 0; i < lanes; ++i) v[i] = from[i];
+  std::memcpy(&v, from, sizeof(T) * lanes);
   return v;
 }
 template <typename T>
-FASTRNN_HD void store(T* to, Vec<T> v, int lanes) {
-  if (lanes >= kWidth<T>) return store(to, v);
-  for (int i = 0; i < lanes; ++i) to[i] = v[i];
+void store(T* to, Vec<T> v, int lanes) {
+  std::memcpy(to, &v, sizeof(T) * lanes);
+}
+// All lanes, known when compiling.
+struct AllLanes {};
+template <typename T>
+FASTRNN_HD Vec<T> load(const T* from, AllLanes) {
+  return load(from);
+}
+template <typename T>
+FASTRNN_HD void store(T* to, Vec<T> v, AllLanes) {
+  store(to, v);
+}
+// Calls f(unit, lanes) for the vectors of units [begin, min(end, units)): the hot ones without a question about lanes.
+template <typename T, typename F>
+FASTRNN_HD void for_each_vector(int64_t begin, int64_t end, int64_t units, F f) {
+  for (int64_t j = begin; j < std::min(end, units); j += kWidth<T>) {
+    if (j + kWidth<T> <= units) {
+      f(j, AllLanes{});
+    } else {
+      f(j, static_cast<int>(units - j));
+    }
+  }
+}
+
+// Asks for a block of a row that will be read or written after the product that comes first: it takes longer than
+// memory.
+template <typename T>
+FASTRNN_HD void prefetch(const T* block, int64_t count, bool to_write) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) {
+    if (to_write) {
+      __builtin_prefetch(block + i, 1);
+    } else {
+      __builtin_prefetch(block + i, 0);
+    }
+  }
 }
 
 // How elements of type S are multiplied. An element group of kDepth values of K fills one lane, and a Word of them is
@@ -75,17 +108,22 @@ struct Multiply<Bf16> {
   }
 };
 
-// Rows of bfloat16 as vectors of float.
-FASTRNN_HD Vec<float> load(const Bf16* from, int lanes) {
-  typedef uint16_t Half __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
-  Half half{};
-  std::memcpy(&half, from, sizeof(Bf16) * std::min(lanes, kWidth<float>));
-  return bit_cast<Vec<float>>(__builtin_convertvector(half, Vec<int32_t>) << 16);
+// Rows of bfloat16 as vectors of float. Stores round to nearest even; NaN stays NaN.
+FASTRNN_HD Vec<float> widen(__m256i half) { return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16); }
+FASTRNN_HD Vec<float> load(const Bf16* from, AllLanes) { return widen(_mm256_loadu_si256((const __m256i*)from)); }
+inline Vec<float> load(const Bf16* from, int lanes) {
+  __m256i half = _mm256_setzero_si256();
+  std::memcpy(&half, from, sizeof(Bf16) * lanes);
+  return widen(half);
 }
-// Rounds to nearest even; NaN stays NaN.
-FASTRNN_HD void store(Bf16* to, Vec<float> v, int lanes) {
+template <typename Lanes>
+FASTRNN_HD void store(Bf16* to, Vec<float> v, Lanes lanes) {
   const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(to, &half, sizeof(Bf16) * std::min(lanes, kWidth<float>));
+  if constexpr (std::is_same_v<Lanes, AllLanes>) {
+    std::memcpy(to, &half, sizeof half);
+  } else {
+    std::memcpy(to, &half, sizeof(Bf16) * lanes);
+  }
 }
 #endif
 
