@@ -16,6 +16,8 @@ template <typename T>
 struct VecOf {
   typedef T type __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
 };
+template <>
+struct VecOf<Bf16> {};  // bfloat16 is widened to float
 template <typename T>
 using Vec = typename VecOf<T>::type;
 template <typename T>
