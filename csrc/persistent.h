@@ -37,9 +37,36 @@ struct PersistentForward {
   uint32_t* failed;  // set to 1 when a block waited in vain for another one: the outputs are wrong
 };
 
+template <typename scalar_t>
+struct PersistentBackward {
+  DeviceSteps steps;
+  int64_t H;
+  PersistentTiling tiling;
+  // inputs
+  const scalar_t* w_hh;         // [G*H, H]
+  const scalar_t* h0;           // [B, H]
+  const scalar_t* c0;           // [B, H]; null for cells without c
+  const scalar_t* output;       // [N, H]
+  const scalar_t* saved_gates;  // [N, kSaved*H]
+  const float* saved_c;         // [N, H]; null for cells without c
+  const scalar_t* d_output;     // [N, H] or null: zero
+  const scalar_t* d_h_n;        // [B, H] or null: zero
+  const scalar_t* d_c_n;        // [B, H] or null: zero
+  // outputs
+  scalar_t* d_x_gates;  // [N, G*H]
+  scalar_t* d_h_gates;  // [N, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
+  scalar_t* d_h0;       // [B, H]
+  scalar_t* d_c0;       // [B, H]; null for cells without c
+  // workspace, as forward
+  void* exchange;
+  uint32_t* failed;
+};
+
 #if defined(FASTRNN_WITH_CUDA) || defined(FASTRNN_EMULATE)
 template <template <typename> class Cell, typename scalar_t>
 CudaStatus launch_persistent_forward(const PersistentForward<scalar_t>&, Arithmetic, CudaStream);
+template <template <typename> class Cell, typename scalar_t>
+CudaStatus launch_persistent_backward(const PersistentBackward<scalar_t>&, Arithmetic, CudaStream);
 
 // Copies `count` host values to the device without waiting for it, also while a graph is captured.
 CudaStatus launch_write(const int64_t* values, int64_t count, int64_t* to, CudaStream);

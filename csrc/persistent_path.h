@@ -88,6 +88,34 @@ struct PersistentPath : GatesPath<Cell> {
     return r;
   }
 
+  static GateGradients backward(const Layer& l, const ForwardResult& saved, const MaybeTensor& d_output,
+                                const MaybeTensor& d_h_n, const MaybeTensor& d_c_n) {
+    const OnDevice device(l.input);
+    const CudaPlan plan = plan_for(l, Pass::backward);
+    if (plan.path == CudaPath::gates) return Gates::backward(l, saved, d_output, d_h_n, d_c_n);
+    check_no_failure();
+    const ScalarType t = l.storage;
+    const auto prepare = [](const MaybeTensor& d) { return d ? MaybeTensor(dense(*d)) : std::nullopt; };
+    const MaybeTensor d_out = prepare(d_output), d_h = prepare(d_h_n), d_c = prepare(d_c_n);
+    GateGradients g;
+    g.d_x_gates = empty(l.input, {l.N, C::kGates * l.H}, t);
+    g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
+    g.d_h0 = empty(l.input, {l.B, l.H}, t);
+    if (C::kStates == 2) g.d_c0 = empty(l.input, {l.B, l.H}, t);
+
+    const Workspace workspace(l, plan.tiling, device);
+    dispatch_float(t, [&](auto types) {
+      using T = typename decltype(types)::storage;
+      check_launch(launch_persistent_backward<Cell, T>(
+          {workspace.steps(l), l.H, plan.tiling, in<T>(l.w_hh), in<T>(l.h0), in<T>(l.c0), in<T>(saved.output),
+           in<T>(saved.saved_gates), in<float>(saved.saved_c), in<T>(d_out), in<T>(d_h), in<T>(d_c),
+           out<T>(g.d_x_gates), out<T>(g.d_h_gates), out<T>(g.d_h0), out<T>(g.d_c0), out<void>(workspace.exchange),
+           failure_word()},
+          arithmetic(t), device.stream()));
+    });
+    return g;
+  }
+
  private:
   static CudaPlan plan_for(const Layer& l, Pass pass) {
     const CudaForce force = forced_by_environment();

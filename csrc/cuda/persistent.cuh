@@ -178,7 +178,6 @@ struct Place {
 // Grades 1 and 2: through the shared memory of the blocks of a cluster, or of the only block. Two buffers for each tile
 // of the batch: a block writes the next round while another one still reads this one, and a barrier ends each round.
 struct SharedExchange {
-  static constexpr bool kTellsStep = false;
   const Tiling& tiling;
   const Place& place;
   Packet* buffers;  // [2, batch tiles, operand_packets()]
@@ -206,7 +205,7 @@ struct SharedExchange {
   __device__ __forceinline__ const Packet* fetch(const Pass&, int64_t round, int tile) const {
     return buffer(round, tile);
   }
-  __device__ __forceinline__ uint32_t step_bits(int64_t /*round*/) const { return 0; }
+  __device__ __forceinline__ uint32_t step_bits(int /*slot*/, int64_t /*round*/) const { return 0; }
   // The lanes of the packet's values call; all have it.
   __device__ __forceinline__ void publish(int64_t round, int tile, int packet, int column, const Packet& values,
                                           int slot) const {
@@ -232,7 +231,6 @@ struct SharedExchange {
 // Grade 3: through global memory. Two buffers suffice: a block publishes round r + 1 after it has all of round r, and
 // then every block is done with round r - 1. The warps that share a slice of the product's depth fetch it together.
 struct GlobalExchange {
-  static constexpr bool kTellsStep = true;
   static constexpr int kInFlight = 4;               // loads of a thread before it looks at the first
   static constexpr uint32_t kMostPolls = 1u << 23;  // of one wait; a poll takes about 0.5 us
   const Tiling& tiling;
@@ -266,18 +264,18 @@ struct GlobalExchange {
       for (int i = first; i < end; i += threads) staging[i] = pass.initial(tile, i);
     } else {
       const Packet* from = buffer(round, tile);
-      const uint32_t expected = step_bits(round);
+      const uint32_t expected = step_bits(tiling.units_per_packet, round);
       for (int i = first; i < end; i += kInFlight * threads) {
         Packet values[kInFlight];
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
           const int at = i + j * threads;
-          if (at < end && pass.is_published(tile, at)) values[j] = ld_relaxed_gpu(from + at);
+          if (at < end && is_published(pass, tile, at)) values[j] = ld_relaxed_gpu(from + at);
         }
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
           const int at = i + j * threads;
-          if (at < end && pass.is_published(tile, at)) {
+          if (at < end && is_published(pass, tile, at)) {
             uint32_t polls = 0;
             while (values[j].w >> step_shift() != expected && !given_up(++polls)) values[j] = ld_relaxed_gpu(from + at);
             staging[at] = values[j];
@@ -292,8 +290,11 @@ struct GlobalExchange {
     }
     return staging;
   }
-  // Never zero, the buffers' first content; of two rounds in one buffer, never the same. Small: times zero it is zero.
-  __device__ __forceinline__ uint32_t step_bits(int64_t round) const { return 1 + round / 2 % 2; }
+  // What a slot without a unit holds: in the last slot the round. Never zero, the buffers' first content; of two rounds
+  // in one buffer, never the same. Small: times zero it is zero.
+  __device__ __forceinline__ uint32_t step_bits(int slot, int64_t round) const {
+    return slot == tiling.units_per_packet ? 1 + round / 2 % 2 : 0;
+  }
   __device__ __forceinline__ void publish(int64_t round, int tile, int packet, int column, const Packet& values,
                                           int slot) const {
     if (slot == 0) st_relaxed_gpu(buffer(round, tile) + packet_place(tiling, packet, column), values);
@@ -301,6 +302,11 @@ struct GlobalExchange {
   __device__ __forceinline__ void end_round() const {}
 
  private:
+  template <class Pass>
+  __device__ __forceinline__ bool is_published(const Pass& pass, int tile, int at) const {
+    return pass.row_at(tile, at) < pass.p.steps.B &&
+           pass.packet_at(at) < tiling.blocks * tiling.packets_per_block * Pass::kVectors;
+  }
   __device__ __forceinline__ int step_shift() const { return tiling.slots == 8 ? 16 : 0; }
   // A thread that has waited in vain for seconds says so and never waits again: the launch ends, with wrong results.
   __device__ __forceinline__ bool given_up(uint32_t polls) {
@@ -344,6 +350,74 @@ struct Item {
     exists = slot < tiling.units_per_packet && unit < H && row < B;
   }
 };
+
+// The sum of the warps' sums of one row of the weight and one row of the batch.
+__device__ __forceinline__ float total(const Tiling& tiling, const float* sums, int row, int column) {
+  float total = 0;
+  for (int warp = 0; warp < tiling.warps_k; ++warp) {
+    total += sums[(warp * tiling.weight_tiles * 16 + row) * kSumStride + column];
+  }
+  return total;
+}
+
+// What passes have in common. A pass says what is multiplied and what becomes of the products:
+//   Params, kPass, kVectors: exchanged packets for each packet of units
+//   rounds(T)              products one after the other
+//   weight(row, packet)    what multiplies a packet, for a row of the block's share
+//   initial(tile, at)      a packet of the first round
+//   prefetch(round, tile)  loads what finish will need, while the exchange is under way
+//   finish(round, tile, sums, exchange), end()
+template <class Params>
+struct PassBase {
+  const Params& p;
+  const Tiling& tiling;
+  const Place& place;
+  float* states;  // [kStates, batch tiles, items]: of the units that the block owns
+
+  __device__ PassBase(const Params& p, const Place& place, float* states)
+      : p(p), tiling(p.tiling), place(place), states(states) {}
+
+  __device__ __forceinline__ float& state(int which, int tile, int i) const {
+    return states[(which * tiling.batch_tiles() + tile) * tiling.items() + i];
+  }
+  __device__ __forceinline__ Item item(int tile, int i) const { return Item(tiling, place, p.steps.B, p.H, tile, i); }
+  // Calls f(tile, i, item) for everything that this thread owns.
+  template <class F>
+  __device__ void for_own_items(const F& f) const {
+    for (int tile = 0; tile < tiling.batch_tiles(); ++tile) {
+      for (int i = threadIdx.x; i < tiling.items(); i += kThreads) f(tile, i, item(tile, i));
+    }
+  }
+
+  // The row of the batch, and the packet, of the place `at` in a tile's packets.
+  __device__ __forceinline__ int64_t row_at(int tile, int at) const {
+    const int within = at % (tiling.columns() * 4);
+    return int64_t{place.team} * tiling.rows_per_team + tile * kBatch + within / 32 * 8 + within % 32 / 4;
+  }
+  __device__ __forceinline__ int packet_at(int at) const { return at / (tiling.columns() * 4) * 4 + at % 4; }
+
+  // The first hidden unit of the block.
+  __device__ __forceinline__ int first_unit() const {
+    return place.rank * tiling.packets_per_block * tiling.units_per_packet;
+  }
+  __device__ __forceinline__ int units() const { return tiling.packets_per_block * tiling.units_per_packet; }
+  __device__ __forceinline__ int local_unit(const Item& item) const {
+    return item.packet * tiling.units_per_packet + item.slot;
+  }
+};
+
+// A packet of the values that f(slot) gives, in the precision of products. Slots without a unit are zero.
+template <class Products, class F>
+__device__ Packet make_packet(const Tiling& tiling, const F& f) {
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int slot = 0; slot < Products::kSlots; ++slot) {
+    if (slot < tiling.units_per_packet) {
+      words[slot * 4 / Products::kSlots] |= Products::bits(f(slot)) << slot % (Products::kSlots / 4) * 16;
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
 
 template <class Pass, class Products, class Exchange>
 __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_constant__ typename Pass::Params p) {
@@ -461,17 +535,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
   pass.end();
 }
 
-// The sum of the warps' sums of one row of the weight and one row of the batch.
-__device__ __forceinline__ float total(const Tiling& tiling, const float* sums, int row, int column) {
-  float total = 0;
-  for (int warp = 0; warp < tiling.warps_k; ++warp) {
-    total += sums[(warp * tiling.weight_tiles * 16 + row) * kSumStride + column];
-  }
-  return total;
-}
-
 template <class Pass, class Products>
-cudaError_t launch_persistent(const typename Pass::Params& p, cudaStream_t stream) {
+CudaStatus launch_persistent(const typename Pass::Params& p, CudaStream on) {
+  const auto stream = static_cast<cudaStream_t>(on);
   LaunchConfig config{dim3(static_cast<unsigned>(p.tiling.teams * p.tiling.blocks)), dim3(kThreads),
                       static_cast<size_t>(p.tiling.shared_bytes())};
   if (p.tiling.grade == 3) {

@@ -12,51 +12,42 @@
 namespace fastrnn {
 
 template <template <typename> class Cell, class Products>
-struct ForwardPass {
+struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
   using C = Cell<float>;
   using scalar_t = typename Products::scalar_t;
   using Params = PersistentForward<scalar_t>;
+  using Base = PassBase<Params>;
+  using Base::p, Base::tiling, Base::place, Base::state, Base::item;
   static constexpr Pass kPass = Pass::forward;
+  static constexpr int kVectors = 1;
 
-  const Params& p;
-  const Tiling& tiling;
-  const Place& place;
-  float* states;  // [kStates, batch tiles, items]
   float* biases;  // [G, packets_per_block * slots]
   scalar_t x_gates[kItems][C::kGates];
 
   static __device__ __forceinline__ int64_t rounds(int64_t T) { return T; }
 
   __device__ ForwardPass(const Params& p, const Place& place, float* states, float* biases)
-      : p(p), tiling(p.tiling), place(place), states(states), biases(biases) {
-    for_own_items([&](int tile, int i, const Item& item) {
-      state(0, tile, i) = item.exists ? to_acc<float>(p.h0[item.row * p.H + item.unit]) : 0.0f;
-      if (C::kStates == 2) state(1, tile, i) = item.exists ? to_acc<float>(p.c0[item.row * p.H + item.unit]) : 0.0f;
+      : Base(p, place, states), biases(biases) {
+    this->for_own_items([&](int tile, int i, const Item& item) {
+      const int64_t at = item.row * p.H + item.unit;
+      state(0, tile, i) = item.exists ? to_acc<float>(p.h0[at]) : 0.0f;
+      if (C::kStates == 2) state(1, tile, i) = item.exists ? to_acc<float>(p.c0[at]) : 0.0f;
     });
-    const int units = tiling.packets_per_block * tiling.slots;
-    for (int i = threadIdx.x; i < C::kGates * units; i += kThreads) {
-      const int packet = i % units / tiling.slots, slot = i % tiling.slots;
-      const int unit = (place.rank * tiling.packets_per_block + packet) * tiling.units_per_packet + slot;
-      const bool exists = p.b_hh && slot < tiling.units_per_packet && unit < p.H;
-      biases[i] = exists ? to_acc<float>(p.b_hh[i / units * p.H + unit]) : 0.0f;
+    for (int i = threadIdx.x; i < C::kGates * this->units(); i += kThreads) {
+      const int gate = i / this->units(), unit = this->first_unit() + i % this->units();
+      biases[i] = p.b_hh && unit < p.H ? to_acc<float>(p.b_hh[gate * p.H + unit]) : 0.0f;
     }
   }
 
-  // Packet `packet` of the team's states as the columns of W_hh, of the block's row `row`.
+  // Rows of W_hh: a row of the block is a unit and a gate, a packet is of the states.
   __device__ Packet weight(int row, int packet) const {
-    const int local_unit = row / C::kGates, gate = row % C::kGates;
-    const int unit = place.rank * tiling.packets_per_block * tiling.units_per_packet + local_unit;
-    if (local_unit >= tiling.packets_per_block * tiling.units_per_packet || unit >= p.H) return {};
+    const int unit = this->first_unit() + row / C::kGates, gate = row % C::kGates;
+    if (row >= this->units() * C::kGates || unit >= p.H) return {};
     return load_packet(p.w_hh + (gate * p.H + unit) * p.H, packet);
   }
-
-  // h0, for the place `at` of a tile's packets.
   __device__ Packet initial(int tile, int at) const {
-    const int64_t row = row_at(tile, at);
-    return row < p.steps.B ? load_packet(p.h0 + row * p.H, packet_at(at)) : Packet{};
-  }
-  __device__ __forceinline__ bool is_published(int tile, int at) const {
-    return row_at(tile, at) < p.steps.B && packet_at(at) < tiling.blocks * tiling.packets_per_block;
+    const int64_t row = this->row_at(tile, at);
+    return row < p.steps.B ? load_packet(p.h0 + row * p.H, this->packet_at(at)) : Packet{};
   }
 
   __device__ __forceinline__ void prefetch(int64_t round, int tile) {
@@ -65,9 +56,9 @@ struct ForwardPass {
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
       if (i >= tiling.items()) break;
-      const Item item(tiling, place, p.steps.B, p.H, tile, i);
-      if (!item.exists || item.row >= rows.count) continue;
-      const scalar_t* from = p.x_gates + (rows.begin + item.row) * C::kGates * p.H + item.unit;
+      const Item mine = item(tile, i);
+      if (!mine.exists || mine.row >= rows.count) continue;
+      const scalar_t* from = p.x_gates + (rows.begin + mine.row) * C::kGates * p.H + mine.unit;
 #pragma unroll
       for (int k = 0; k < C::kGates; ++k) x_gates[n][k] = from[k * p.H];
     }
@@ -81,21 +72,21 @@ struct ForwardPass {
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
       if (i >= tiling.items()) break;  // whole warps: a tile's items are a multiple of 32
-      const Item item(tiling, place, p.steps.B, p.H, tile, i);
-      if (item.exists && item.row < rows.count) step(rows.begin + item.row, tile, n, i, item, sums);
+      const Item mine = item(tile, i);
+      if (mine.exists && mine.row < rows.count) step(rows.begin + mine.row, tile, n, i, mine, sums);
       if (last) continue;
-      uint32_t bits = Exchange::kTellsStep && item.slot == tiling.units_per_packet ? exchange.step_bits(round + 1) : 0;
-      if (item.exists) bits = Products::bits(from_acc<scalar_t>(state(0, tile, i)));
+      uint32_t bits = exchange.step_bits(mine.slot, round + 1);
+      if (mine.exists) bits = Products::bits(from_acc<scalar_t>(state(0, tile, i)));
       const Packet values = gather<Products>(bits);
-      if (item.row < p.steps.B) {
-        exchange.publish(round + 1, tile, place.rank * tiling.packets_per_block + item.packet, item.column, values,
-                         item.slot);
+      if (mine.row < p.steps.B) {
+        exchange.publish(round + 1, tile, place.rank * tiling.packets_per_block + mine.packet, mine.column, values,
+                         mine.slot);
       }
     }
   }
 
   __device__ void end() {
-    for_own_items([&](int tile, int i, const Item& item) {
+    this->for_own_items([&](int tile, int i, const Item& item) {
       if (!item.exists) return;
       p.h_n[item.row * p.H + item.unit] = from_acc<scalar_t>(state(0, tile, i));
       if (C::kStates == 2) p.c_n[item.row * p.H + item.unit] = from_acc<scalar_t>(state(1, tile, i));
@@ -103,48 +94,23 @@ struct ForwardPass {
   }
 
  private:
-  __device__ __forceinline__ float& state(int which, int tile, int i) const {
-    return states[(which * tiling.batch_tiles() + tile) * tiling.items() + i];
-  }
-  template <class F>
-  __device__ void for_own_items(const F& f) const {
-    for (int tile = 0; tile < tiling.batch_tiles(); ++tile) {
-      for (int i = threadIdx.x; i < tiling.items(); i += kThreads) {
-        f(tile, i, Item(tiling, place, p.steps.B, p.H, tile, i));
-      }
-    }
-  }
-
-  __device__ __forceinline__ int64_t row_at(int tile, int at) const {
-    const int within = at % (tiling.columns() * 4);
-    return int64_t{place.team} * tiling.rows_per_team + tile * kBatch + within / 32 * 8 + within % 32 / 4;
-  }
-  __device__ __forceinline__ int packet_at(int at) const { return at / (tiling.columns() * 4) * 4 + at % 4; }
-
-  // Values of a row [H], as a packet holds them; zero beyond its units and beyond the row.
+  // Units of a row [H] of states or of a weight.
   __device__ Packet load_packet(const scalar_t* row, int packet) const {
-    uint32_t words[4] = {};
-#pragma unroll
-    for (int slot = 0; slot < Products::kSlots; ++slot) {
-      const int64_t unit = int64_t{packet} * tiling.units_per_packet + slot;
-      if (slot < tiling.units_per_packet && unit < p.H)
-        words[slot * 4 / Products::kSlots] |= Products::bits(row[unit]) << slot % (Products::kSlots / 4) * 16;
-    }
-    return {words[0], words[1], words[2], words[3]};
+    const int64_t first = int64_t{packet} * tiling.units_per_packet;
+    return make_packet<Products>(
+        tiling, [&](int slot) { return first + slot < p.H ? row[first + slot] : from_acc<scalar_t>(0.0f); });
   }
 
   // The cell, for one row of the batch and one unit. `row` is a row of the sequence.
   __device__ __forceinline__ void step(int64_t row, int tile, int n, int i, const Item& item, const float* sums) {
-    const int local_unit = item.packet * tiling.units_per_packet + item.slot;
-    const int units = tiling.packets_per_block * tiling.slots;
+    const int unit = this->local_unit(item);
     Values<float, C::kGates> gx, gh;
     Values<float, C::kStates> prev, next;
     Values<float, C::kSaved> saved;
 #pragma unroll
     for (int k = 0; k < C::kGates; ++k) {
       gx[k] = to_acc<float>(x_gates[n][k]);
-      gh[k] = total(tiling, sums, local_unit * C::kGates + k, item.column) +
-              biases[k * units + item.packet * tiling.slots + item.slot];
+      gh[k] = total(tiling, sums, unit * C::kGates + k, item.column) + biases[k * this->units() + unit];
     }
 #pragma unroll
     for (int k = 0; k < C::kStates; ++k) prev[k] = state(k, tile, i);
@@ -163,10 +129,5 @@ struct ForwardPass {
     }
   }
 };
-
-template <template <typename> class Cell, class Products>
-CudaStatus launch_forward(const PersistentForward<typename Products::scalar_t>& p, CudaStream stream) {
-  return launch_persistent<ForwardPass<Cell, Products>, Products>(p, static_cast<cudaStream_t>(stream));
-}
 
 }  // namespace fastrnn
