@@ -10,7 +10,7 @@ namespace fastrnn {
 
 inline const ThreadPool& torch_threads() {
   thread_local ThreadPool pool{[](int64_t count, ThreadPool::Body body, void* context) {
-                                 STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+                                 check_torch(torch_parallel_for(0, count, 1, body, context));
                                },
                                1};
   pool.threads = static_cast<int>(torch::stable::get_num_threads());

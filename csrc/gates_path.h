@@ -25,7 +25,7 @@ class OnDevice {
 #else
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
     check(aoti_torch_get_current_cuda_stream != nullptr, "fastrnn: this torch was built without CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    check_torch(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
   }
 #endif
   CudaStream stream() const { return stream_; }

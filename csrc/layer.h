@@ -3,8 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -12,15 +10,6 @@
 #include "tensor.h"
 
 namespace fastrnn {
-
-// Raises RuntimeError with the parts as its message, without the source line that STD_TORCH_CHECK puts before it.
-template <typename... Parts>
-void check(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
 
 inline std::string shape_of(const Tensor& t) {
   std::string s = "[";
@@ -92,7 +81,7 @@ struct Arguments {
     check(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(0) % gates == 0 && w_hh.size(1) > 0, op,
           ": expected w_hh of shape [", gates, "*H, ", w_hr ? "P" : "H", "], got ", shape_of(w_hh));
     const int64_t G_H = w_hh.size(0), H = G_H / gates, P = w_hh.size(1), width = input.size(dims - 1);
-    if (!w_hr) expect("w_hh", w_hh, {G_H, H});
+    expect("w_hh", w_hh, {G_H, w_hr ? P : H});
     if (w_hr) expect("w_hr", *w_hr, {P, H});
     if (w_ih) {
       expect("w_ih", *w_ih, {G_H, width});
@@ -176,7 +165,7 @@ struct Layer {
     N = row_begin[T];
     steps = {T, row_begin.data(), a.reverse};
     input = to_dtype(a.input, compute);
-    if (I != 1 && input.stride(input.dim() - 1) != 1) input = torch::stable::contiguous(input);
+    if (I != 1 && input.stride(input.dim() - 1) != 1) input = dense(input);
     w_ih = prepare(a.w_ih);
     w_hh = *prepare(a.w_hh);
     b_ih = prepare(a.b_ih);

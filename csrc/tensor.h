@@ -11,7 +11,12 @@
 
 #include <array>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <vector>
+
+// Weak: torch 2.10 to 2.12 lack it.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace fastrnn {
 
@@ -19,10 +24,27 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
+// Raises RuntimeError with the parts as its message, without the source line that STD_TORCH_CHECK puts before it.
+template <typename... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// A call into torch failed: hands on what torch said of it, where this torch can be asked (2.13).
+inline void check_torch(AOTITorchError error) {
+  if (error == AOTI_TORCH_SUCCESS) return;
+  const char* what =
+      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  check(false, what ? what : "fastrnn: a call into torch failed; torch printed why to the standard error");
+}
+
 template <typename... Args>
 Tensor call(const char* op, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  check_torch(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -35,18 +57,22 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
     count *= size[i] > 0 ? size[i] : 1;
   }
   int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  check_torch(aoti_torch_get_device_type(like.get(), &device_type));
+  check_torch(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(size.size()), size.data(), stride.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
+  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
+                                       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                       device_type, device_index, &handle));
   return Tensor(handle);
 }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : call("aten::contiguous", "", t, torch::headeronly::MemoryFormat::Contiguous);
+}
 inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  return t.scalar_type() == dtype
+             ? t
+             : call("aten::to", "dtype", t, dtype, false, false, std::optional<torch::headeronly::MemoryFormat>());
 }
 inline Tensor rows(const Tensor& t, int64_t begin, int64_t count) {
   auto view = t;

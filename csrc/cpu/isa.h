@@ -4,6 +4,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace fastrnn {
 
@@ -35,12 +37,12 @@ inline Isa best_isa() {
       best = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
     }
 #endif
-    if (const char* wanted = std::getenv("FASTRNN_ISA")) {
-      for (Isa lower : {Isa::portable, Isa::avx2, Isa::avx512}) {
-        if (lower < best && std::strcmp(wanted, isa_name(lower)) == 0) return lower;
-      }
+    const char* wanted = std::getenv("FASTRNN_ISA");
+    if (!wanted || !*wanted) return best;
+    for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
+      if (std::strcmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;
     }
-    return best;
+    throw std::runtime_error(std::string("FASTRNN_ISA: expected portable, avx2, avx512 or avx512_bf16, got ") + wanted);
   }();
   return isa;
 }

@@ -111,10 +111,17 @@ struct Multiply<Bf16> {
 };
 
 // Rows of bfloat16 as vectors of float. Stores round to nearest even; NaN stays NaN.
-FASTRNN_HD Vec<float> widen(__m256i half) { return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16); }
-FASTRNN_HD Vec<float> load(const Bf16* from, AllLanes) { return widen(_mm256_loadu_si256((const __m256i*)from)); }
+typedef uint16_t Bf16Vector __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
+FASTRNN_HD Vec<float> widen(Bf16Vector half) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(half, Vec<int32_t>) << 16);
+}
+FASTRNN_HD Vec<float> load(const Bf16* from, AllLanes) {
+  Bf16Vector half;
+  std::memcpy(&half, from, sizeof half);
+  return widen(half);
+}
 inline Vec<float> load(const Bf16* from, int lanes) {
-  __m256i half = _mm256_setzero_si256();
+  Bf16Vector half{};
   std::memcpy(&half, from, sizeof(Bf16) * lanes);
   return widen(half);
 }
