@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastrnn import ops
 from fastrnn.cells import GRUCell, LSTMCell, RNNCell
-from fastrnn.convert import convert, patch, revert
+from fastrnn.convert import Conversion, convert, patch, revert
+from fastrnn.explain import Explanation, explain
 from fastrnn.modules import GRU, LSTM, RNN
 
 try:
@@ -21,11 +22,14 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Conversion",
+    "Explanation",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "__version__",
     "convert",
+    "explain",
     "ops",
     "patch",
     "revert",

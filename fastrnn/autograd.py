@@ -58,13 +58,13 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Tensors:
         """Runs the layer: output and final states, maybe more, as a differentiable function of the arguments."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            # Exported programs serve with and without grad: backward recomputes what was not saved.
+            return self.forward(*arguments, False)  # type: ignore[no-any-return]
         if torch.compiler.is_compiling():
             tensors = arguments[: self.floats]
             save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
             return self.forward(*arguments, save)  # type: ignore[no-any-return]
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            # One trace serves with and without grad: backward recomputes what was not saved.
-            return self.forward(*arguments, False)  # type: ignore[no-any-return]
         if _is_forward_mode():
             return self.definition(*arguments)
         if torch._C._are_functorch_transforms_active():

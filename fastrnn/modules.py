@@ -142,7 +142,10 @@ class _LayerStack(nn.RNNBase):
 
     def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None) -> tuple[Tensor, Any]:
         if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
-            self.check_input(input, batch_sizes)  # what is packed has a batch size known at run time: the op checks hx
+            self.check_input(input, batch_sizes)
+            if hx is not None and batch_sizes is not None:  # the graph's data, known when it runs
+                rows_fit = batch_sizes[0] == self._states(hx)[0].size(1)
+                torch._assert_async(rows_fit, "Expected hidden to have as many rows as there are sequences")
         else:
             self.check_forward_args(input, hx, batch_sizes)
         batch_first = self.batch_first and batch_sizes is None

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which path serves a module, and why."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import _C, cells, modules
+
+_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. Print it.
+
+    Attributes:
+        layers: One line per layer and direction: what runs and why.
+        notes: What else decides: dtypes, and features that run in plain torch instead of the kernels.
+    """
+
+    layers: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The layers, then the notes, one line each."""
+        return "\n".join([*self.layers, *(f"note: {note}" for note in self.notes)])
+
+
+def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
+    """Tells which path runs each layer of a module, and why, without running it.
+
+    Args:
+        module: An RNN, GRU, LSTM or cell, of fastrnn or (the answer is short then) of torch.nn.
+        input: As for a call of the module: its sizes, dtype, device and autocast count.
+
+    Raises:
+        TypeError: If the module is not recurrent.
+    """
+    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        raise TypeError(f"expected an RNN, GRU, LSTM or cell, got {type(module).__name__}")
+    name = type(module).__name__
+    if not isinstance(module, (modules._LayerStack, cells._Cell)):
+        return Explanation((f"{name}: torch.nn's own; fastrnn.convert(module) makes it fastrnn's",), ())
+
+    is_cell = isinstance(module, nn.RNNCellBase)
+    options: Any = module  # Module.__getattr__ has no type for them
+    data = input.data if isinstance(input, PackedSequence) else input
+    T, B = _steps_and_rows(module, input)
+    hidden = options.hidden_size
+    projected = hidden if is_cell else options.proj_size or hidden
+    layers, directions = (1, 1) if is_cell else (options.num_layers, 1 + options.bidirectional)
+    kind = next(kind for kind in _GATES if kind in name)
+    dtype = _compute_dtype(data)
+    problem: dict[str, Any] = {"T": T, "B": B, "H": hidden, "gates": _GATES[kind]}
+
+    lines = []
+    for layer in range(layers):
+        width = options.input_size if layer == 0 else directions * projected
+        for direction in range(directions):
+            label = name if is_cell else f"{name} layer {layer}" + (" reverse" if direction else "")
+            sizes = f"T={T} B={B} I={width} H={hidden}" + (f" P={projected}" if projected != hidden else "")
+            if data.device.type == "cuda":
+                path = _cuda_path(problem, kind, projected != hidden, dtype, data.device)
+            else:
+                path = _cpu_path(problem | {"I": width, "P": projected})
+            lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
+    return Explanation(tuple(lines), tuple(_notes(data, dtype)))
+
+
+def _steps_and_rows(module: Any, input: Tensor | PackedSequence) -> tuple[int, int]:
+    if isinstance(input, PackedSequence):
+        return len(input.batch_sizes), int(input.batch_sizes[0])
+    if isinstance(module, nn.RNNCellBase):
+        return 1, input.size(0) if input.dim() == 2 else 1
+    if input.dim() == 2:
+        return input.size(0), 1
+    T, B = input.shape[:2]
+    return (B, T) if module.batch_first else (T, B)
+
+
+def _compute_dtype(data: Tensor) -> torch.dtype:
+    device = data.device.type
+    if torch.is_autocast_enabled(device) and data.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return data.dtype
+
+
+def _cpu_path(problem: dict[str, Any]) -> str:
+    plan = _C.plan_cpu(**problem, threads=torch.get_num_threads())
+    shared = {"rows": "each with rows of the batch", "units": "each with hidden units"}[plan.split]
+    threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads, {shared}"
+    return f"fused CPU kernel ({_C.isa()}) on {threads}: {plan.reason}"
+
+
+def _cuda_path(problem: dict[str, Any], kind: str, projection: bool, dtype: torch.dtype, device: torch.device) -> str:
+    gpu = torch.cuda.get_device_properties(device)
+    arithmetic = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}.get(dtype, "fp32")
+    if arithmetic == "fp32" and os.environ.get("FASTRNN_TF32") == "1":
+        arithmetic = "tf32"
+    plan = _C.plan_cuda(
+        **problem,
+        states=2 if kind == "LSTM" else 1,
+        projection=projection,
+        arithmetic=arithmetic,  # type: ignore[arg-type]
+        capability=10 * gpu.major + gpu.minor,
+        multiprocessors=gpu.multi_processor_count,
+        shared_per_block=gpu.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        path=os.environ.get("FASTRNN_PATH", ""),  # type: ignore[arg-type]
+    )
+    what = {
+        "gates": "a matrix product and a fused gate kernel per step",
+        "persistent": f"one kernel for the whole sequence, {plan.teams} teams of {plan.blocks} blocks",
+    }[plan.path]
+    return f"path {plan.path} ({what}): {plan.reason}"
+
+
+def _notes(data: Tensor, dtype: torch.dtype) -> list[str]:
+    notes = []
+    if data.device.type not in ("cpu", "cuda"):
+        notes.append(f"there is no kernel for {data.device.type}: a call raises")
+    if data.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        where = "in training" if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else "always"
+        notes.append(f"{str(dtype).removeprefix('torch.')} is computed in float32 on the CPU, {where}")
+    notes += [
+        "second and higher derivatives and forward mode (jvp, jacfwd, dual tensors) run fastrnn.reference, plain torch",
+        "torch.vmap runs the kernels: once where members share their weights, per member in backward and otherwise",
+        "torch.compile of a torch.func transform runs fastrnn.reference",
+    ]
+    return notes
