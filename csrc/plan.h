@@ -187,23 +187,52 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   return t;
 }
 
-// The smallest team that holds the weights: the fewer blocks, the cheaper the exchange.
+// Clock cycles of a step, estimated. PROVISIONAL: throughputs are those of an H100's data sheet, latencies are
+// published measurements of others; they rank tilings until this project has measured its own.
+inline int64_t estimated_cycles(const PersistentTiling& t, const CudaProblem& p, const CudaDevice& device) {
+  using Tiling = PersistentTiling;
+  constexpr int kWarpsPerScheduler = Tiling::kWarps / 4;
+  constexpr int kSharedBytes = 128, kSharedLatency = 30, kBarrier = 40;  // a cycle; cycles
+  constexpr int kCell = 120;                                             // gate maths and stores of one value a thread
+  constexpr int kClusterExchange = 400;                                  // stores to another block, and a barrier
+  constexpr int kGlobalExchange = 1000;                                  // a store and on average 1.5 loads through L2
+  constexpr int kL2Bytes = 3200, kL2BytesPerBlock = 64;                  // a cycle, of the device and of a block
+  const int column_tiles = t.columns() / 8, tiles_per_warp = std::min(weight_tiles_per_warp(p.pass), t.weight_tiles);
+  const bool plain = p.arithmetic == Arithmetic::fp32;
+
+  const int64_t products = int64_t{t.groups_per_warp} * tiles_per_warp * column_tiles * kWarpsPerScheduler;
+  const int64_t product = products * (plain ? 64 : 16);  // of 16 rows, 8 columns and a group, on one scheduler
+  const int64_t reads = int64_t{t.groups_per_warp} * column_tiles * (plain ? 8 * 128 : 512) +
+                        int64_t{t.groups_in_shared()} * tiles_per_warp * 1024;
+  const int64_t operands = std::max(product, reads * Tiling::kWarps / kSharedBytes);
+  const int64_t sums = int64_t{t.sums()} * 4 * 2 / kSharedBytes + 2 * kSharedLatency + kBarrier;
+  const int64_t cells = (t.items() + Tiling::kThreads - 1) / Tiling::kThreads * kCell;
+  const int64_t work = operands + sums + cells, fetched = int64_t{t.operand_packets()} * 16;
+  if (t.grade == 1) return t.batch_tiles() * work + kBarrier;
+  if (t.grade == 2) return t.batch_tiles() * (work + fetched / (kSharedBytes / 2)) + kClusterExchange;
+  const int64_t blocks = std::min(t.teams * t.blocks, device.multiprocessors);
+  const int64_t fetch = std::max(fetched / kL2BytesPerBlock, fetched * blocks / kL2Bytes);
+  return std::max(t.batch_tiles() * (work + fetch), work + fetch + kGlobalExchange);  // tiles hide each other's latency
+}
+
+// The tiling with the fewest cycles.
 inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, const CudaDevice& device,
                                                          const CudaForce& force) {
-  const auto allowed = [&](int grade, int blocks) {
-    return (force.grade == 0 || force.grade == grade) && (force.blocks == 0 || force.blocks == blocks);
+  std::optional<PersistentTiling> best;
+  const auto consider = [&](int grade, int blocks, int teams) {
+    if ((force.grade != 0 && force.grade != grade) || (force.blocks != 0 && force.blocks != blocks)) return;
+    const auto t = persistent_tiling(p, device, grade, blocks, force.teams > 0 ? force.teams : teams);
+    if (t && (!best || estimated_cycles(*t, p, device) < estimated_cycles(*best, p, device))) best = t;
   };
-  if (allowed(1, 1)) {
-    if (const auto t = persistent_tiling(p, device, 1, 1, force.teams)) return t;
-  }
+  consider(1, 1, 0);
   for (int blocks = 2; device.capability >= 90 && blocks <= PersistentTiling::kMaxCluster; blocks *= 2) {
-    if (!allowed(2, blocks)) continue;
-    if (const auto t = persistent_tiling(p, device, 2, blocks, force.teams)) return t;
+    consider(2, blocks, 0);
   }
-  if (force.grade == 0 || force.grade == 3) {
-    return persistent_tiling(p, device, 3, force.blocks > 0 ? force.blocks : device.multiprocessors, force.teams);
+  const int64_t eights = (p.B + 7) / 8;
+  for (int teams = 1; teams <= std::min<int64_t>(eights, device.multiprocessors); teams *= 2) {
+    consider(3, force.blocks > 0 ? force.blocks : device.multiprocessors / teams, teams);
   }
-  return {};
+  return best;
 }
 
 inline CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const CudaForce& force = {}) {
