@@ -211,7 +211,16 @@ def test_aot_inductor_package_in_a_cpp_program(tmp_path):
     (tmp_path / "main.cpp").write_text(MAIN)
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
-    libraries = [f"-L{home / 'lib'}", f"-Wl,-rpath,{home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    # The ops library needs libtorch, which nothing in this program does.
+    libraries = [
+        f"-L{home / 'lib'}",
+        f"-Wl,-rpath,{home / 'lib'}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        "-ldl",
+    ]
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, "-std=c++17", "-O0", abi, *includes, "main.cpp", "-o", "main", *libraries]
     subprocess.run(command, cwd=tmp_path, check=True)
