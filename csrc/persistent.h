@@ -34,7 +34,7 @@ struct PersistentForward {
   float* saved_c;         // [N, H]  c after each step; null in inference and for cells without c
   // workspace
   void* exchange;    // [tiling.exchange_packets()] of 16 bytes, aligned to 16, zero; null below grade 3
-  uint32_t* failed;  // set to 1 when a block waited in vain for another one: the outputs are wrong
+  uint32_t* failed;  // null, or set to 1 when a block waited in vain for another: outputs are wrong
 };
 
 template <typename scalar_t>

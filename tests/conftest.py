@@ -20,6 +20,7 @@ hypothesis.settings.load_profile("extended" if EXTENDED else "fast")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "extended: the long tier, run with FASTRNN_EXTENDED=1")
+    config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")  # torch.nn's
 
 
 def pytest_report_header() -> list[str]:

@@ -413,3 +413,13 @@ def test_backward_outside_and_inside_autocast(device):
         with torch.autocast(device.type, torch.bfloat16, enabled=inside):
             results.append(torch.autograd.grad(output.float().sin().sum(), list(module.parameters())))
     assert_trees_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("namespace", [fastrnn, nn])
+def test_autocast_leaves_float64_alone(namespace, device):
+    """As torch's autocast does."""
+    module = namespace.LSTM(3, 4, device=device, dtype=torch.float64)
+    input = torch.randn(5, 2, 3, device=device, dtype=torch.float64)
+    expected = module(input)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert_trees_close(module(input), expected, rtol=0, atol=0)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fastrnn import _C
+from fastrnn import _C, _library
 
-FOLDER = Path(__file__).parent / "emulation"
-sys.path.insert(0, str(FOLDER))
+TESTS = Path(__file__).parent
+FOLDER = TESTS / "emulation"
+sys.path += [str(FOLDER), str(TESTS / "cuda")]
 
 import libraries  # noqa: E402
+import machine_code  # noqa: E402
 
 extended = pytest.mark.extended
 DEVICES = {  # capability, multiprocessors, bytes of shared memory per block
@@ -103,6 +105,32 @@ def test_plans_are_sound(device, cell, arithmetic, backward):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The kernels
+
+
+@pytest.mark.parametrize("device", machine_code.DEVICES)
+def test_planned_blocks_are_resident(device):
+    """A multiprocessor holds a block with all shared memory: else a cooperative launch would be refused."""
+    if _C.cuda_archs is None:
+        pytest.skip("machine code is not checked: fastrnn was built without CUDA")
+    facts = machine_code.DEVICES[device]
+    try:
+        kernels = [
+            kernel
+            for kernel in machine_code.kernels(_library.path())
+            if kernel.arch == facts.arch and "persistent_kernel" in kernel.name
+        ]
+    except machine_code.Unavailable as reason:
+        pytest.skip(f"machine code is not checked: {reason}")
+    if not kernels:
+        pytest.skip(f"fastrnn was built without code for {device}")
+    assert len(kernels) == 4 * 4 * 2 * 2  # cells, arithmetics, exchanges, passes
+    for kernel in kernels:
+        blocks = machine_code.blocks_per_multiprocessor(
+            *(libraries.compiler(), libraries.cuda_headers(), facts, kernel),
+            threads=256,
+            dynamic_shared=facts.shared_per_block - kernel.shared,
+        )
+        assert blocks == 1, kernel
 
 
 @pytest.mark.parametrize(

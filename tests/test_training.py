@@ -342,3 +342,40 @@ def test_weights_in_shared_memory():
     process.join(120)
     assert process.exitcode == 0
     assert_all_close(list(ours.parameters()), list(alone.parameters()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA streams and graphs
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_graphs(name):
+    module = getattr(fastrnn, name)(16, 32, num_layers=2, device="cuda")
+    inputs = torch.randn(4, 20, 8, 16, device="cuda")
+
+    def run(function, input):
+        leaf = input.clone().requires_grad_()
+        return torch.autograd.grad(function(leaf)[0].sin().sum(), leaf)[0]
+
+    expected = [run(module, input) for input in inputs]
+    graphed = torch.cuda.make_graphed_callables(module, (torch.randn_like(inputs[0]).requires_grad_(),))
+    assert_all_close([run(graphed, input) for input in inputs], expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_streams(name):
+    """Work is enqueued on the current stream, so streams of their own may run at once."""
+    module = getattr(fastrnn, name)(16, 32, num_layers=2, device="cuda")
+    inputs = torch.randn(8, 50, 8, 16, device="cuda")
+    expected = [module(input)[0] for input in inputs]
+    torch.cuda.synchronize()
+    outputs = []
+    for input in inputs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            outputs.append(module(input)[0])
+    torch.cuda.synchronize()
+    assert_all_close(outputs, expected, rtol=0, atol=0)

@@ -312,7 +312,7 @@ struct GlobalExchange {
   __device__ __forceinline__ bool given_up(uint32_t polls) {
     if (polls == kMostPolls) {
       gave_up = true;
-      st_relaxed_gpu(failed, 1);
+      if (failed) st_relaxed_gpu(failed, 1);
     }
     return gave_up;
   }
