@@ -3,6 +3,7 @@
 # Python module of build facts. Switches, all environment variables:
 #   FASTRNN_CUDA           0: no CUDA kernels; 1: CUDA kernels or an error; unset: CUDA kernels if a toolkit is found
 #   CUDA_HOME              the CUDA toolkit; unset: that of nvcc on PATH, else /usr/local/cuda
+#   FASTRNN_PERSISTENT     1: compile the persistent CUDA kernels too (minutes); they have not run on a GPU yet
 #   TORCH_CUDA_ARCH_LIST   GPU architectures in torch's syntax, such as "8.0;9.0a+PTX"; unset: CUDA_ARCHS below
 #   FASTRNN_DEBUG          1: -O0 -g in place of -O3
 #   MAX_JOBS               how many compilers run at once; unset: ninja decides
@@ -24,6 +25,7 @@ CUDA_ARCHS = "8.0 8.6 8.9 9.0a 10.0 12.0"  # of these, those that nvcc knows; PT
 TORCH_TARGET = (2, 10)  # the oldest torch that the ops library loads into
 MACOS = sys.platform == "darwin"
 DEBUG = os.environ.get("FASTRNN_DEBUG") == "1"
+PERSISTENT = os.environ.get("FASTRNN_PERSISTENT") == "1"
 ROOT = Path(__file__).parent.resolve()
 
 # Without -ffast-math, so that NaN and inf keep their meaning, and without -march=native: the CPU kernels choose their
@@ -121,7 +123,7 @@ class NinjaBuild(build_ext):
         facts = {"VERSION": self.distribution.get_version(), "TORCH_TARGET": f"{major}.{minor}"}
         facts |= {"BUILD_TYPE": "debug" if DEBUG else "release"}
         if cuda:
-            ops_flags += ["-DFASTRNN_WITH_CUDA"]
+            ops_flags += ["-DFASTRNN_WITH_CUDA", *(["-DFASTRNN_WITH_PERSISTENT"] * PERSISTENT)]
             ops_libs += [str(cuda.cudart), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
             facts |= {"CUDA_VERSION": cuda.version, "CUDA_ARCHS": cuda.archs}
         module_flags = [f'-DFASTRNN_{name}="{value}"' for name, value in facts.items()]
@@ -150,7 +152,8 @@ class NinjaBuild(build_ext):
             ninja.build(target, "link", objects, variables={"libs": text(*libs)})
 
 
-OPS_SOURCES = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*_cpu.cpp")), *sorted(glob("csrc/cuda/*_cuda.cu"))]
+CUDA_SOURCES = [file for file in sorted(glob("csrc/cuda/*_cuda.cu")) if PERSISTENT or "persistent" not in file]
+OPS_SOURCES = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*_cpu.cpp")), *CUDA_SOURCES]
 setup(
     ext_modules=[Extension("fastrnn._ops", OPS_SOURCES), Extension("fastrnn._C", ["csrc/python.cpp"])],
     cmdclass={"build_ext": NinjaBuild},

@@ -3,6 +3,9 @@
 // torch's current stream, never waits for the device, and can be captured in a graph.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
 #include "layer.h"
 
 #if !defined(FASTRNN_EMULATE)
@@ -36,6 +39,17 @@ class OnDevice {
 #endif
   CudaStream stream_ = nullptr;
 };
+
+#if !defined(FASTRNN_EMULATE) && !defined(FASTRNN_WITH_PERSISTENT)
+// The one path of this build: FASTRNN_PATH may ask for no other.
+inline void check_path() {
+  const char* path = std::getenv("FASTRNN_PATH");
+  check(!path || std::strcmp(path, "gates") == 0, "fastrnn: expected FASTRNN_PATH to be gates, got ", path ? path : "",
+        ": build with FASTRNN_PERSISTENT=1 for the persistent kernels");
+}
+#else
+inline void check_path() {}  // PersistentPath chooses
+#endif
 
 inline void check_launch(CudaStatus status) { check(status == 0, "fastrnn: CUDA error: ", cuda_status_string(status)); }
 
@@ -80,6 +94,7 @@ struct GatesPath {
   }
 
   static ForwardResult forward(const Layer& l, bool save) {
+    check_path();
     const OnDevice device(l.input);
     const ScalarType t = l.storage, acc = acc_dtype(t);
     ForwardResult r;

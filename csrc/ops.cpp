@@ -14,8 +14,10 @@
 #include "persistent_path.h"
 #else
 #include "cpu_path.h"
-#if defined(FASTRNN_WITH_CUDA)
+#if defined(FASTRNN_WITH_PERSISTENT)
 #include "persistent_path.h"
+#elif defined(FASTRNN_WITH_CUDA)
+#include "gates_path.h"
 #endif
 #endif
 
@@ -196,9 +198,11 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m){FASTRNN_IMPL(PersistentPath)}
 #else
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m){FASTRNN_IMPL(CpuPath)}
-#if defined(FASTRNN_WITH_CUDA)
+#if defined(FASTRNN_WITH_PERSISTENT)
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m){FASTRNN_IMPL(PersistentPath)}
+#elif defined(FASTRNN_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
-  FASTRNN_IMPL(PersistentPath)
+  FASTRNN_IMPL(GatesPath)
 }
 #endif
 #endif

@@ -22,8 +22,8 @@ inline CudaForce forced_by_environment() {
   };
   if (const char* path = std::getenv("FASTRNN_PATH")) {
     const bool gates = std::strcmp(path, "gates") == 0;
-    STD_TORCH_CHECK(gates || std::strcmp(path, "persistent") == 0,
-                    "fastrnn: expected FASTRNN_PATH to be gates or persistent, got ", path);
+    check(gates || std::strcmp(path, "persistent") == 0,
+          "fastrnn: expected FASTRNN_PATH to be gates or persistent, got ", path);
     force.path = gates ? CudaPath::gates : CudaPath::persistent;
   }
   force.grade = number("FASTRNN_PERSISTENT_GRADE");
@@ -52,9 +52,9 @@ inline void check_no_failure() {
   uint32_t* word = failure_word();
   if (!word || *static_cast<volatile uint32_t*>(word) == 0) return;
   *static_cast<volatile uint32_t*>(word) = 0;
-  STD_TORCH_CHECK(false,
-                  "fastrnn: an earlier persistent kernel gave up waiting for a block that did not run, and its results "
-                  "are wrong; FASTRNN_PATH=gates avoids such kernels");
+  check(false,
+        "fastrnn: an earlier persistent kernel gave up waiting for a block that did not run, and its results "
+        "are wrong; FASTRNN_PATH=gates avoids such kernels");
 }
 
 template <template <typename> class Cell>
@@ -121,8 +121,8 @@ struct PersistentPath : GatesPath<Cell> {
     const CudaForce force = forced_by_environment();
     const CudaPlan plan = plan_cuda(
         {l.T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass}, cuda_device(), force);
-    STD_TORCH_CHECK(plan.path == CudaPath::persistent || force.path != CudaPath::persistent,
-                    "fastrnn: FASTRNN_PATH=persistent cannot serve this layer: ", plan.reason);
+    check(plan.path == CudaPath::persistent || force.path != CudaPath::persistent,
+          "fastrnn: FASTRNN_PATH=persistent cannot serve this layer: ", plan.reason);
     return plan;
   }
 
