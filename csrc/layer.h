@@ -80,7 +80,9 @@ struct Arguments {
           ", got shape ", shape_of(input));
     check(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(0) % gates == 0 && w_hh.size(1) > 0, op,
           ": expected w_hh of shape [", gates, "*H, ", w_hr ? "P" : "H", "], got ", shape_of(w_hh));
-    const int64_t G_H = w_hh.size(0), H = G_H / gates, P = w_hh.size(1), width = input.size(dims - 1);
+    const int64_t G_H = w_hh.size(0), H = G_H / gates, width = input.size(dims - 1);
+    int64_t P = w_hh.size(1);  // of three tensors that hold it, two that agree are right
+    if (w_hr && w_hr->dim() == 2 && h0.dim() == 2 && w_hr->size(0) == h0.size(1)) P = h0.size(1);
     expect("w_hh", w_hh, {G_H, w_hr ? P : H});
     if (w_hr) expect("w_hr", *w_hr, {P, H});
     if (w_ih) {

@@ -58,7 +58,7 @@ def test_parity(cell, dtype, tiling, force):
 
 def shapes():
     for cell in ("gru", "lstm"):
-        yield LayerCase(cell, 1, 1, 1, 1), Tiling(1, 1)
+        yield LayerCase(cell, 1, 1, 4, 1), Tiling(1, 1)
         yield LayerCase(cell, 2, 1, 3, 16, torch.float16), Tiling(3, 2)
         yield LayerCase(cell, 5, 11, 3, 13, packed=True), Tiling(2, 2)  # two teams, the second with 3 rows
     for tiling in (Tiling(1, 1, 1), Tiling(2, 2, 1), Tiling(3, 2, 1)):  # one team takes two tiles of the batch
