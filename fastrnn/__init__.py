@@ -7,7 +7,7 @@ into a model that exists, `revert` takes them out, and `patch` does so for model
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastrnn import ops
+from fastrnn import ops, truncated
 from fastrnn.cells import GRUCell, LSTMCell, RNNCell
 from fastrnn.convert import Conversion, convert, patch, revert
 from fastrnn.explain import Explanation, explain
@@ -33,4 +33,5 @@ __all__ = [
     "ops",
     "patch",
     "revert",
+    "truncated",
 ]

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The README's Python blocks run as they stand, each beside the names that a reader would have."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fastrnn
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lstm = fastrnn.LSTM(64, 8)
+    names = {"torch": torch, "nn": nn, "fastrnn": fastrnn, "model": nn.GRU(64, 8), "lstm": lstm}
+    names |= {"input": torch.randn(250, 2, 64), "target": torch.randn(250, 2, 8)}
+    names |= {"loss_fn": nn.functional.mse_loss, "optimizer": torch.optim.Adam(lstm.parameters())}
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, README.name, "exec"), dict(names))
