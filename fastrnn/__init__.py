@@ -7,7 +7,7 @@ into a model that exists, `revert` takes them out, and `patch` does so for model
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastrnn import ops, truncated
+from fastrnn import diagnostics, ops, truncated
 from fastrnn.cells import GRUCell, LSTMCell, RNNCell
 from fastrnn.convert import Conversion, convert, patch, revert
 from fastrnn.explain import Explanation, explain
@@ -29,6 +29,7 @@ __all__ = [
     "RNNCell",
     "__version__",
     "convert",
+    "diagnostics",
     "explain",
     "ops",
     "patch",

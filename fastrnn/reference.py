@@ -26,23 +26,34 @@ def rnn_cell(gx: Tensor, gh: Tensor, states: States, nonlinearity: str = "tanh")
     return ({"tanh": torch.tanh, "relu": torch.relu}[nonlinearity](gx + gh),)
 
 
-def gru_cell(gx: Tensor, gh: Tensor, states: States) -> States:
-    """Computes r, z = sigmoid(gx + gh); n = tanh(gx + r gh); h' = (1 - z) n + z h."""
-    (h,) = states
+def gru_gates(gx: Tensor, gh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes r, z = sigmoid(gx + gh); n = tanh(gx + r gh)."""
     gx_r, gx_z, gx_n = gx.chunk(3, -1)
     gh_r, gh_z, gh_n = gh.chunk(3, -1)
     r = torch.sigmoid(gx_r + gh_r)
     z = torch.sigmoid(gx_z + gh_z)
-    n = torch.tanh(gx_n + r * gh_n)
+    return r, z, torch.tanh(gx_n + r * gh_n)
+
+
+def gru_cell(gx: Tensor, gh: Tensor, states: States) -> States:
+    """Computes h' = (1 - z) n + z h, with the gates of `gru_gates`."""
+    (h,) = states
+    _, z, n = gru_gates(gx, gh)
     return ((1 - z) * n + z * h,)
 
 
-def lstm_cell(gx: Tensor, gh: Tensor, states: States) -> States:
-    """Computes i, f, o = sigmoid(gx + gh); g = tanh(gx + gh); c' = f c + i g; h' = o tanh(c')."""
-    _, c = states
+def lstm_gates(gx: Tensor, gh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes i, f, o = sigmoid(gx + gh); g = tanh(gx + gh)."""
     i, f, g, o = (gx + gh).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
+
+def lstm_cell(gx: Tensor, gh: Tensor, states: States) -> States:
+    """Computes c' = f c + i g; h' = o tanh(c'), with the gates of `lstm_gates`."""
+    _, c = states
+    i, f, g, o = lstm_gates(gx, gh)
+    c = f * c + i * g
+    return o * torch.tanh(c), c
 
 
 def _run(

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Looks into a recurrent model while it runs: how the gradient flows through time, and how many gates are saturated.
+
+Each layer is run one step at a time, through the same operators, so that every hidden state is a tensor of its own.
+That is slow, and the results of the model are the same. It works for the modules and cells of fastrnn and for those of
+torch.nn, which are converted for the time of the call; the model, its gradients and its mode stay as they are.
+
+Letters in shapes: T time, B batch, I input, H hidden.
+"""
+
+import itertools
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import cells, modules, reference
+from fastrnn.convert import convert, revert
+
+# Okabe and Ito's palette, told apart by every common form of colour vision.
+_COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", ":", "-.")
+
+_SIGMOID, _TANH, _RELU = (0.0, 1.0), (-1.0, 1.0), (0.0, float("inf"))
+# The gates of each cell, in the order of its weights, and their bounds.
+_GATES = {
+    "LSTM": {"i": _SIGMOID, "f": _SIGMOID, "g": _TANH, "o": _SIGMOID},
+    "GRU": {"r": _SIGMOID, "z": _SIGMOID, "n": _TANH},
+    "RNN_TANH": {"h": _TANH},
+    "RNN_RELU": {"h": _RELU},
+}
+
+
+@dataclass(frozen=True)
+class GradientFlow:
+    """What `gradient_flow` found. Print it, or `draw` it.
+
+    Attributes:
+        norms: For each layer and direction, such as "encoder.lstm layer 0 reverse", the norm of the gradient that
+            reaches the hidden state of each step: (T,), float64, on the CPU, in the order of time.
+        precision: The relative rounding error of the states' dtype.
+    """
+
+    norms: dict[str, Tensor]
+    precision: float
+
+    def reach(self, name: str) -> float:
+        """The norm at the step where the layer begins over that where it ends: far below 1 vanishing, above exploding.
+
+        A layer in reverse begins at the last step.
+        """
+        norms = self.norms[name]
+        begin, end = (-1, 0) if name.endswith(" reverse") else (0, -1)
+        return (norms[begin] / norms[end]).item()
+
+    def __str__(self) -> str:
+        """One line per layer and direction."""
+        lines = []
+        for name, norms in self.norms.items():
+            steps = f"{len(norms)} step{'s' * (len(norms) > 1)}"
+            lines.append(
+                f"{name}: {norms[0]:.1e} at the first of {steps}, {norms[-1]:.1e} at the last, "
+                f"begin / end {self.reach(name):.2g}"
+            )
+        return "\n".join(lines)
+
+
+def gradient_flow(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor]) -> GradientFlow:
+    """Measures the gradient that reaches the hidden state of each step, in every recurrent layer of a model.
+
+    For each layer, direction and step::
+
+        norm[t] = || dL / dh[t] ||      over all sequences and hidden units
+
+    dL / dh[t] is the whole derivative: through the output of the step and through all later steps. A gradient that
+    vanishes over time falls towards the steps where the layer begins, one that explodes grows. Where a module is called
+    several times, or is a cell in a loop of the model's own, its calls continue one axis of time.
+
+    Args:
+        model: Any module with an RNN, GRU, LSTM or cell in it, of fastrnn or torch.nn. It is run once in its present
+            mode, forward and backward; the `.grad` of its parameters are not touched.
+        batch: `(*inputs, target)`: the loss is `loss_fn(model(*inputs), target)`.
+        loss_fn: A function of the model's output and the target that returns a tensor with one element.
+
+    Returns:
+        The norms. With a PackedSequence, those over the sequences that reach the step.
+
+    Raises:
+        TypeError: If `model` is not a module, or `batch` is not a tuple or list of at least two.
+        ValueError: If `loss_fn` returns more than one element, or no recurrent module that can be looked into ran.
+    """
+    if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence) or len(batch) < 2:
+        raise TypeError(f"gradient_flow: expected batch to be (*inputs, target), got {_form(batch)}")
+    *inputs, target = batch
+    with torch.enable_grad(), _step_by_step(model, "gradient_flow") as steps:
+        loss = loss_fn(model(*inputs), target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"gradient_flow: expected loss_fn to return one element, got {_form(loss)}")
+    states = [step.h for of_run in steps.values() for step in of_run]
+    gradients = torch.autograd.grad(loss, states, allow_unused=True)  # unused: the loss does not depend on it
+    norms = iter([0.0 if g is None else torch.linalg.vector_norm(g, dtype=torch.float64).item() for g in gradients])
+    by_run = {name: torch.tensor([next(norms) for _ in of_run], dtype=torch.float64) for name, of_run in steps.items()}
+    return GradientFlow(by_run, torch.finfo(states[0].dtype).eps)
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """What `saturation` found. Print it.
+
+    Attributes:
+        shares: For each layer and direction, and each of its gates, the share of its values near the lower and near the
+            upper bound. Gates: LSTM i, f, g, o; GRU r, z, n; RNN h, which with relu has a lower bound only, and
+            is at it where a unit is off.
+        margin: How near.
+    """
+
+    shares: dict[str, dict[str, tuple[float, float]]]
+    margin: float
+
+    def __str__(self) -> str:
+        """One line per gate."""
+        rows = [(name, gate, *share) for name, gates in self.shares.items() for gate, share in gates.items()]
+        width = max(len(row[0]) for row in rows)
+        lines = [f"{name:<{width}}  {gate}  low {low:6.1%}  high {high:6.1%}" for name, gate, low, high in rows]
+        return "\n".join(lines)
+
+
+def saturation(model: nn.Module, batch: Any, *, margin: float = 0.1) -> Saturation:
+    """Measures the share of saturated gates, in every recurrent layer of a model.
+
+    A gate is saturated where its value is within `margin` of a bound: 0 and 1 for sigmoid, -1 and 1 for tanh. The
+    derivative of the gate is small there, and little of the gradient reaches its weights. A forget gate near 1 is as it
+    should be in an LSTM that remembers; all gates at their bounds tell of weights or inputs that are too large.
+
+    Args:
+        model: As for `gradient_flow`; it is run once, forward.
+        batch: `(*inputs, target)`, as for `gradient_flow`, of which the target is not used; or the input alone, a
+            tensor or a PackedSequence.
+        margin: How near to a bound counts, in (0, 0.5).
+
+    Raises:
+        TypeError: If `model` is not a module.
+        ValueError: If `margin` is out of its range, or no recurrent module that can be looked into ran.
+    """
+    if not 0 < margin < 0.5:
+        raise ValueError(f"saturation: expected margin to be in (0, 0.5), got {margin}")
+    inputs = [batch] if isinstance(batch, (Tensor, PackedSequence)) else list(batch)[:-1]
+    with torch.no_grad(), _step_by_step(model, "saturation") as steps:
+        model(*inputs)
+        shares = {}
+        for name, of_run in steps.items():
+            gates = [torch.cat(parts) for parts in zip(*(step.gates() for step in of_run), strict=True)]
+            bounds = _GATES[of_run[0].kind]
+            shares[name] = {
+                gate: _near_bounds(value, *bounds[gate], margin) for gate, value in zip(bounds, gates, strict=True)
+            }
+    return Saturation(shares, margin)
+
+
+def draw(flows: GradientFlow | Mapping[str, GradientFlow], path: str | Path) -> None:
+    """Draws gradient flows over time into one picture.
+
+    The grey zone is where a contribution is lost in rounding beside the largest one: weights learn nothing from there,
+    and curves that go deeper leave the picture.
+
+    Args:
+        flows: What `gradient_flow` returned, or several by name, to compare models.
+        path: The file to write: a PNG, or what its ending says.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    by_name = {"": flows} if isinstance(flows, GradientFlow) else flows
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    curves = [(name, run, norms) for name, flow in by_name.items() for run, norms in flow.norms.items()]
+    runs = list(dict.fromkeys(run for _, run, _ in curves))
+    for name, run, norms in curves:
+        # Colours tell models apart and dashes their layers, where there are several models; else colours tell layers.
+        first, second = (list(by_name).index(name), runs.index(run)) if len(by_name) > 1 else (runs.index(run), 0)
+        labels = [name] * (name != "") + [run] * (name == "" or len(runs) > 1)
+        axes.plot(
+            norms.clamp(min=torch.finfo(torch.float64).tiny),
+            color=_COLOURS[first % len(_COLOURS)],
+            linestyle=_DASHES[second % len(_DASHES)],
+            label=f"{', '.join(labels)} (begin / end {by_name[name].reach(run):.2g})",
+        )
+    positive = torch.cat([norms[norms > 0] for _, _, norms in curves])
+    if positive.numel():
+        top, bottom = positive.max().item(), positive.min().item()
+        lost = top * max(flow.precision for flow in by_name.values())
+        axes.set_ylim(max(bottom, lost / 1e4) / 3, top * 3)
+        if bottom < lost:
+            axes.axhspan(0, lost, color="0.92", zorder=0)
+            text = "lost in rounding"
+            axes.text(0.01, lost / 2, text, transform=axes.get_yaxis_transform(), va="top", fontsize=9, color="0.4")
+    axes.set_xlabel("time step t")
+    axes.set_ylabel("norm of dL / dh[t]")
+    axes.set_title("Gradient that reaches the hidden state of each step", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=1 + (len(curves) > 1), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of one direction of one layer: what went into the gates, and the hidden state after it."""
+
+    kind: str  # a key of _GATES
+    x: Tensor  # (B, I)
+    weights: tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh
+    h_prev: Tensor  # (B, H)
+    h: Tensor  # (B, H)
+
+    def gates(self) -> tuple[Tensor, ...]:
+        """The values of the gates, each (B, H)."""
+        w_ih, w_hh, b_ih, b_hh = self.weights
+        if self.kind.startswith("RNN"):
+            return (self.h,)
+        assert w_ih is not None and w_hh is not None
+        gates = reference.lstm_gates if self.kind == "LSTM" else reference.gru_gates
+        return gates(linear(self.x, w_ih, b_ih), linear(self.h_prev, w_hh, b_hh))
+
+
+def _near_bounds(values: Tensor, lower: float, upper: float, margin: float) -> tuple[float, float]:
+    margin = margin if upper < float("inf") else 0.0
+    shares = [(values <= lower + margin), (values >= upper - margin)]
+    low, high = (share.double().mean().item() for share in shares)
+    return low, high
+
+
+@contextmanager
+def _step_by_step(model: nn.Module, caller: str) -> Iterator[dict[str, list[_Step]]]:
+    """Within it, recurrent modules run step by step. At its end the steps are there, by layer and direction, in time.
+
+    Raises:
+        ValueError: At the end, if none ran.
+    """
+    steps: defaultdict[str, list[_Step]] = defaultdict(list)
+    conversion = convert(model)
+    with ExitStack() as stack:
+        for name in conversion.converted:
+            stack.callback(revert, model.get_submodule(name))
+        for name, module in model.named_modules():
+            if isinstance(module, (modules._LayerStack, cells._Cell)):
+                labels = _run_labels(module, name or type(module).__name__)
+                stack.callback(delattr, module, "_op")
+                module._op = partial(_run_steps, module._op, _kind(module), steps, labels)  # type: ignore[method-assign]
+        if "torch._dynamo" in sys.modules:  # a compiled model would not see this
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield steps
+    if not steps:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in conversion.left_alone.items())
+        raise ValueError(
+            f"{caller}: expected model to run a recurrent module of fastrnn or torch.nn, got none{reasons}"
+        )
+
+
+def _run_labels(module: nn.Module, name: str) -> Iterator[str]:
+    """What to call each call of the module's operator, without end."""
+    if not isinstance(module, nn.RNNBase):
+        labels = [name]
+    else:
+        directions = ["", " reverse"] if module.bidirectional else [""]
+        labels = [f"{name} layer {layer}{d}" for layer in range(module.num_layers) for d in directions]
+    return itertools.cycle(labels)
+
+
+def _kind(module: Any) -> str:
+    if isinstance(module, nn.RNNBase):
+        return str(module.mode)
+    kind = type(module).__name__.removesuffix("Cell")
+    return f"RNN_{module.nonlinearity.upper()}" if kind == "RNN" else kind
+
+
+def _run_steps(
+    op: Callable[..., tuple[Tensor, ...]],
+    kind: str,
+    steps: dict[str, list[_Step]],
+    labels: Iterator[str],
+    input: Tensor,
+    *weights_and_states: Any,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """In the place of a module's `_op`: the same results, from one call of the operator per step."""
+    weights, states = weights_and_states[:4], weights_and_states[4:]
+    inputs = input.unbind() if batch_sizes is None else torch.split(input, batch_sizes.tolist())
+    of_run: list[_Step] = []
+    for x in reversed(inputs) if reverse else inputs:
+        # Packed rows are sorted by length: the first ones are active. The others have ended or, in reverse, not begun.
+        active = [state[: len(x)] for state in states]
+        _, h, *rest = op(x.unsqueeze(0), *weights, *active, **options)
+        if torch.is_grad_enabled() and not h.requires_grad:  # neither weights nor input need a gradient
+            h = h.requires_grad_()
+        of_run.append(_Step(kind, x, weights, active[0], h))
+        ended = [state[len(x) :] for state in states]
+        states = tuple(torch.cat(pair) if len(pair[1]) else pair[0] for pair in zip((h, *rest), ended, strict=True))
+    if reverse:
+        of_run.reverse()
+    steps[next(labels)] += of_run
+    outputs = [step.h for step in of_run]
+    return (torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), *states)
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
