@@ -23,20 +23,24 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import cells, modules, reference
+from fastrnn import cells, modules
 from fastrnn.convert import convert, revert
 
 # Okabe and Ito's palette, told apart by every common form of colour vision.
 _COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 
-_SIGMOID, _TANH, _RELU = (0.0, 1.0), (-1.0, 1.0), (0.0, float("inf"))
-# The gates of each cell, in the order of its weights, and their bounds.
-_GATES = {
-    "LSTM": {"i": _SIGMOID, "f": _SIGMOID, "g": _TANH, "o": _SIGMOID},
-    "GRU": {"r": _SIGMOID, "z": _SIGMOID, "n": _TANH},
-    "RNN_TANH": {"h": _TANH},
-    "RNN_RELU": {"h": _RELU},
+# The gates of each cell in the order of its weights, and the bounds of each activation.
+_GATES: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+    "LSTM": {"i": torch.sigmoid, "f": torch.sigmoid, "g": torch.tanh, "o": torch.sigmoid},
+    "GRU": {"r": torch.sigmoid, "z": torch.sigmoid, "n": torch.tanh},
+    "RNN_TANH": {"h": torch.tanh},
+    "RNN_RELU": {"h": torch.relu},
+}
+_BOUNDS: dict[Callable[[Tensor], Tensor], tuple[float, float]] = {
+    torch.sigmoid: (0.0, 1.0),
+    torch.tanh: (-1.0, 1.0),
+    torch.relu: (0.0, float("inf")),
 }
 
 
@@ -158,10 +162,11 @@ def saturation(model: nn.Module, batch: Any, *, margin: float = 0.1) -> Saturati
         model(*inputs)
         shares = {}
         for name, of_run in steps.items():
-            gates = [torch.cat(parts) for parts in zip(*(step.gates() for step in of_run), strict=True)]
-            bounds = _GATES[of_run[0].kind]
+            values = [torch.cat(parts) for parts in zip(*(step.gates() for step in of_run), strict=True)]
+            gates = _GATES[of_run[0].kind]
             shares[name] = {
-                gate: _near_bounds(value, *bounds[gate], margin) for gate, value in zip(bounds, gates, strict=True)
+                gate: _near_bounds(value, *_BOUNDS[activation], margin)
+                for (gate, activation), value in zip(gates.items(), values, strict=True)
             }
     return Saturation(shares, margin)
 
@@ -220,18 +225,19 @@ class _Step:
 
     kind: str  # a key of _GATES
     x: Tensor  # (B, I)
-    weights: tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh
+    weights: tuple[Any, ...]  # w_ih, w_hh, b_ih, b_hh
     h_prev: Tensor  # (B, H)
     h: Tensor  # (B, H)
 
-    def gates(self) -> tuple[Tensor, ...]:
+    def gates(self) -> list[Tensor]:
         """The values of the gates, each (B, H)."""
         w_ih, w_hh, b_ih, b_hh = self.weights
-        if self.kind.startswith("RNN"):
-            return (self.h,)
-        assert w_ih is not None and w_hh is not None
-        gates = reference.lstm_gates if self.kind == "LSTM" else reference.gru_gates
-        return gates(linear(self.x, w_ih, b_ih), linear(self.h_prev, w_hh, b_hh))
+        gates = _GATES[self.kind]
+        gx, gh = (gate.chunk(len(gates), -1) for gate in (linear(self.x, w_ih, b_ih), linear(self.h_prev, w_hh, b_hh)))
+        values: list[Tensor] = []
+        for (gate, activation), x, h in zip(gates.items(), gx, gh, strict=True):
+            values.append(activation(x + (values[0] * h if (self.kind, gate) == ("GRU", "n") else h)))
+        return values
 
 
 def _near_bounds(values: Tensor, lower: float, upper: float, margin: float) -> tuple[float, float]:
