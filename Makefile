@@ -21,7 +21,7 @@ build: $(VENV)/.build-tools  ## compile the library in place, for an editable in
 test: build $(VENV)/.with-test  ## run the fast tier of the tests
 	$(PYTEST)
 
-test-all: build $(VENV)/.with-test  ## run the extended tier as well
+test-all: build $(VENV)/.with-test $(VENV)/.with-adoption $(VENV)/.with-examples  ## run the extended tier as well
 	FASTRNN_EXTENDED=1 $(PYTEST)
 
 test-gpu: build $(VENV)/.with-test  ## run the tests that need a CUDA device
