@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The exchange of the persistent kernels: how the packets of one round, of one tile of the batch, come from the blocks
+// that own them. Packets lie as [group, column / 8, lane]; a round is a step, or the one after the last.
+#pragma once
+
+#include "persistent_products.cuh"
+
+namespace fastrnn {
+
+constexpr int kThreads = Tiling::kThreads;
+constexpr int kBatch = Tiling::kBatch;
+
+__device__ __forceinline__ int packet_place(const Tiling& tiling, int packet, int column) {
+  return packet / 4 * tiling.columns() * 4 + column / 8 * 32 + column % 8 * 4 + packet % 4;
+}
+
+// The place of a block, and of a warp in it.
+struct Place {
+  int team, rank, warp_m, warp_k;
+  int first_group, last_group;  // of the warp's slice, the last one excluded
+
+  __device__ explicit Place(const Tiling& tiling)
+      : team(blockIdx.x / tiling.blocks),
+        rank(blockIdx.x % tiling.blocks),
+        warp_m(threadIdx.x / 32 % tiling.warps_m),
+        warp_k(threadIdx.x / 32 / tiling.warps_m),
+        first_group(min(warp_k * tiling.groups_per_warp, tiling.groups)),
+        last_group(min(first_group + tiling.groups_per_warp, tiling.groups)) {}
+};
+
+// Grades 1 and 2: through the shared memory of the blocks of a cluster, or of the only block. Two buffers for each tile
+// of the batch: a block writes the next round while another one still reads this one, and a barrier ends each round.
+struct SharedExchange {
+  const Tiling& tiling;
+  const Place& place;
+  Packet* buffers;  // [2, batch tiles, operand_packets()]
+
+  template <class Params>
+  __device__ SharedExchange(const Params& p, const Place& place, Packet* buffers)
+      : tiling(p.tiling), place(place), buffers(buffers) {}
+
+  __device__ __forceinline__ Packet* buffer(int64_t round, int tile) const {
+    return buffers + (round % 2 * tiling.batch_tiles() + tile) * tiling.operand_packets();
+  }
+
+  template <class Pass>
+  __device__ void start(const Pass& pass) const {
+    for (int i = threadIdx.x; i < tiling.operand_buffers() * tiling.operand_packets(); i += kThreads) {
+      buffers[i] = Packet{};
+    }
+    __syncthreads();
+    for (int tile = 0; tile < tiling.batch_tiles(); ++tile) {
+      for (int i = threadIdx.x; i < tiling.operand_packets(); i += kThreads) buffer(0, tile)[i] = pass.initial(tile, i);
+    }
+    barrier();
+  }
+  template <class Pass>
+  __device__ __forceinline__ const Packet* fetch(const Pass&, int64_t round, int tile) const {
+    return buffer(round, tile);
+  }
+  __device__ __forceinline__ uint32_t step_bits(int /*slot*/, int64_t /*round*/) const { return 0; }
+  // The lanes of the packet's values call; all have it.
+  __device__ __forceinline__ void publish(int64_t round, int tile, int packet, int column, const Packet& values,
+                                          int slot) const {
+    Packet* to = buffer(round, tile) + packet_place(tiling, packet, column);
+    if (tiling.blocks == 1) {
+      if (slot == 0) *to = values;
+    } else {
+      for (int rank = slot; rank < tiling.blocks; rank += tiling.slots) *map_shared_rank(to, rank) = values;
+    }
+  }
+  __device__ __forceinline__ void end_round() const { barrier(); }
+
+ private:
+  __device__ __forceinline__ void barrier() const {
+    if (tiling.blocks == 1) {
+      __syncthreads();
+    } else {
+      cluster_barrier();
+    }
+  }
+};
+
+// Grade 3: through global memory. Two buffers suffice: a block publishes round r + 1 after it has all of round r, and
+// then every block is done with round r - 1. The warps that share a slice of the product's depth fetch it together.
+struct GlobalExchange {
+  static constexpr int kInFlight = 4;               // loads of a thread before it looks at the first
+  static constexpr uint32_t kMostPolls = 1u << 23;  // of one wait; a poll takes about 0.5 us
+  const Tiling& tiling;
+  const Place& place;
+  Packet* staging;  // [operand_packets()]
+  Packet* packets;  // [2, teams, batch tiles, operand_packets()] in global memory
+  uint32_t* failed;
+  bool gave_up = false;
+
+  template <class Params>
+  __device__ GlobalExchange(const Params& p, const Place& place, Packet* staging)
+      : tiling(p.tiling), place(place), staging(staging), packets(static_cast<Packet*>(p.exchange)), failed(p.failed) {}
+
+  __device__ __forceinline__ Packet* buffer(int64_t round, int tile) const {
+    const int64_t tiles = tiling.batch_tiles();
+    return packets + ((round % 2 * tiling.teams + place.team) * tiles + tile) * tiling.operand_packets();
+  }
+
+  template <class Pass>
+  __device__ void start(const Pass&) const {
+    for (int i = threadIdx.x; i < tiling.operand_packets(); i += kThreads) staging[i] = Packet{};
+    __syncthreads();
+  }
+
+  template <class Pass>
+  __device__ __forceinline__ const Packet* fetch(const Pass& pass, int64_t round, int tile) {
+    const int per_group = tiling.columns() * 4, threads = tiling.warps_m * 32;
+    const int begin = place.first_group * per_group, end = place.last_group * per_group;
+    const int first = begin + place.warp_m * 32 + threadIdx.x % 32;
+    if (round == 0) {
+      for (int i = first; i < end; i += threads) staging[i] = pass.initial(tile, i);
+    } else {
+      const Packet* from = buffer(round, tile);
+      const uint32_t expected = step_bits(tiling.units_per_packet, round);
+      for (int i = first; i < end; i += kInFlight * threads) {
+        Packet values[kInFlight];
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+          const int at = i + j * threads;
+          if (at < end && is_published(pass, tile, at)) values[j] = ld_relaxed_gpu(from + at);
+        }
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+          const int at = i + j * threads;
+          if (at < end && is_published(pass, tile, at)) {
+            uint32_t polls = 0;
+            while (values[j].w >> step_shift() != expected && !given_up(++polls)) values[j] = ld_relaxed_gpu(from + at);
+            staging[at] = values[j];
+          }
+        }
+      }
+    }
+    if (tiling.warps_m == 1) {
+      __syncwarp();
+    } else {
+      named_barrier_sync(1 + place.warp_k, threads);
+    }
+    return staging;
+  }
+  // What a slot without a unit holds: in the last slot the round. Never zero, the buffers' first content; of two rounds
+  // in one buffer, never the same. Small: times zero it is zero.
+  __device__ __forceinline__ uint32_t step_bits(int slot, int64_t round) const {
+    return slot == tiling.units_per_packet ? 1 + round / 2 % 2 : 0;
+  }
+  __device__ __forceinline__ void publish(int64_t round, int tile, int packet, int column, const Packet& values,
+                                          int slot) const {
+    if (slot == 0) st_relaxed_gpu(buffer(round, tile) + packet_place(tiling, packet, column), values);
+  }
+  __device__ __forceinline__ void end_round() const {}
+
+ private:
+  template <class Pass>
+  __device__ __forceinline__ bool is_published(const Pass& pass, int tile, int at) const {
+    return pass.row_at(tile, at) < pass.p.steps.B &&
+           pass.packet_at(at) < tiling.blocks * tiling.packets_per_block * Pass::kVectors;
+  }
+  __device__ __forceinline__ int step_shift() const { return tiling.slots == 8 ? 16 : 0; }
+  // A thread that has waited in vain for seconds says so and never waits again: the launch ends, with wrong results.
+  __device__ __forceinline__ bool given_up(uint32_t polls) {
+    if (polls == kMostPolls) {
+      gave_up = true;
+      if (failed) st_relaxed_gpu(failed, 1);
+    }
+    return gave_up;
+  }
+};
+
+}  // namespace fastrnn
