@@ -3,6 +3,8 @@
 // way in and back on the way out.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/isa.h"
 #include "layer.h"
 
@@ -25,30 +27,38 @@ struct CpuPath {
     return bf16 ? storage : acc_dtype(storage);
   }
 
-  static ForwardResult forward(const Layer& l, bool save) {
+  // Sequences of different lengths run in the order of their lengths.
+  static constexpr bool kSorts = true;
+
+  static ForwardResult forward(const Layer& l, bool save, bool cells) {
     using C = Cell<float>;
     const ScalarType t = compute(l.storage, save), acc = acc_dtype(t);
     ForwardResult r;
     r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.P}, t) : empty(l.input, {l.T, l.B, l.P}, t);
     r.h_n = empty(l.input, {l.B, l.P}, t);
-    if (C::kStates == 2) r.c_n = empty(l.input, {l.B, l.H}, acc);
+    if (C::kStates > 1) r.c_n = empty(l.input, sizes_of(*l.c0), acc);
+    if (cells) r.cells = empty(l.input, {l.T, l.B, l.H}, t);
+    if (l.h_mask) r.h_in = empty(l.input, {l.N, l.P}, t);
     if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
-    if (save && C::kStates == 2) r.saved_c = empty(l.input, {l.N, l.H}, t);
+    if (save && C::kStates > 1) r.saved_c = empty(l.input, {(C::kStates - 1) * l.N, l.H}, t);
     if (save && l.w_hr) r.saved_m = empty(l.input, {l.N, l.H}, t);
     if (t == ScalarType::BFloat16) {
-      sequence_forward_bf16_cpu<Cell>(parameters<Bf16>(l, r, in_acc(l.b_ih), in_acc(l.b_hh), in_acc(l.c0)),
-                                      torch_threads());
+      sequence_forward_bf16_cpu<Cell>(
+          parameters<Bf16>(l, r, in_acc(l.b_ih), in_acc(l.b_hh), in_acc(l.w_cell), in_acc(l.c0)), torch_threads());
     } else {
       dispatch_compute(t, [&](auto zero) {
         using T = decltype(zero);
-        sequence_forward_cpu<Cell, T>(parameters<T>(l, r, l.b_ih, l.b_hh, l.c0), torch_threads());
+        sequence_forward_cpu<Cell, T>(parameters<T>(l, r, l.b_ih, l.b_hh, l.w_cell, l.c0), torch_threads());
       });
+    }
+    if (l.lengths) {
+      clear_past_end(l, r.output);
+      if (cells) clear_past_end(l, *r.cells);
     }
     return r;
   }
 
-  static GateGradients backward(const Layer& l, const ForwardResult& r, const MaybeTensor& d_output,
-                                const MaybeTensor& d_h_n, const MaybeTensor& d_c_n) {
+  static GateGradients backward(const Layer& l, const ForwardResult& r, const ResultGradients& d) {
     using C = Cell<float>;
     const ScalarType t = acc_dtype(l.storage);
     const auto prepare = [&](const MaybeTensor& x) -> MaybeTensor {
@@ -56,31 +66,60 @@ struct CpuPath {
       return dense(to_dtype(*x, t));
     };
     const MaybeTensor output = prepare(r.output), gates = prepare(r.saved_gates), c = prepare(r.saved_c);
-    const MaybeTensor d_out = prepare(d_output), d_h = prepare(d_h_n), d_c = prepare(d_c_n);
+    const MaybeTensor d_output = prepare(d.output), d_h_n = prepare(d.h_n), d_c_n = prepare(d.c_n);
+    const MaybeTensor d_cells = prepare(d.cells);
     GateGradients g;
     g.d_x_gates = empty(l.input, {l.N, C::kGates * l.H}, t);
     g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
     if (l.w_hr) g.d_projected = empty(l.input, {l.N, l.P}, t);
     g.d_h0 = empty(l.input, {l.B, l.P}, t);
-    if (C::kStates == 2) g.d_c0 = empty(l.input, {l.B, l.H}, t);
+    if (C::kStates > 1) g.d_c0 = empty(l.input, sizes_of(*l.c0), t);
     dispatch_compute(t, [&](auto zero) {
       using T = decltype(zero);
-      sequence_backward_cpu<Cell, T>(
-          {l.B, l.H, l.P, l.steps, in<T>(l.w_hh), in<T>(l.w_hr), in<T>(l.h0), in<T>(l.c0), in<T>(output), in<T>(gates),
-           in<T>(c), in<T>(d_out), in<T>(d_h), in<T>(d_c), out<T>(g.d_x_gates), out<T>(g.d_h_gates),
-           out<T>(g.d_projected), out<T>(g.d_h0), out<T>(g.d_c0)},
-          torch_threads());
+      sequence_backward_cpu<Cell, T>({l.B,
+                                      l.H,
+                                      l.P,
+                                      l.N,
+                                      l.steps,
+                                      in<T>(l.w_hh),
+                                      in<T>(l.w_hr),
+                                      in<T>(l.w_cell),
+                                      in<T>(l.h0),
+                                      in<T>(l.c0),
+                                      l.controls<T>(),
+                                      in<T>(output),
+                                      in<T>(gates),
+                                      in<T>(c),
+                                      in<T>(d_output),
+                                      in<T>(d_h_n),
+                                      in<T>(d_c_n),
+                                      in<T>(d_cells),
+                                      out<T>(g.d_x_gates),
+                                      out<T>(g.d_h_gates),
+                                      out<T>(g.d_projected),
+                                      out<T>(g.d_h0),
+                                      out<T>(g.d_c0)},
+                                     torch_threads());
     });
     return g;
   }
 
+  // [R, I]; where the input held x_gates, of their width.
   static Tensor input_gradient(const Layer& l, const Tensor& d_x_gates) {
-    const Tensor d_input = empty(d_x_gates, {l.N, l.I}, d_x_gates.scalar_type());
-    dispatch_compute(d_x_gates.scalar_type(), [&](auto zero) {
+    const ScalarType t = d_x_gates.scalar_type();
+    const Tensor d_input = empty(d_x_gates, {l.N, l.I}, t);
+    dispatch_compute(t, [&](auto zero) {
       using T = decltype(zero);
-      input_gradient_cpu<T>({l.N, d_x_gates.size(1), l.I, in<T>(d_x_gates), in<T>(l.w_ih), out<T>(d_input)},
-                            torch_threads());
+      std::vector<T*> rows;
+      for_each_row(l, [&](int64_t s, int64_t b) { rows.push_back(out<T>(d_input) + l.steps.place(s, b) * l.I); });
+      if (l.w_ih) {
+        input_gradient_cpu<T>({l.real_rows(), d_x_gates.size(1), l.I, in<T>(d_x_gates), in<T>(l.w_ih), rows.data()},
+                              torch_threads());
+      } else {
+        for (int64_t n = 0; n < l.real_rows(); ++n) std::copy_n(in<T>(d_x_gates) + n * l.I, l.I, rows[n]);
+      }
     });
+    if (l.lengths) clear_past_end(l, d_input);
     return d_input;
   }
 
@@ -89,31 +128,68 @@ struct CpuPath {
       using T = decltype(zero);
       const bool packed = l.input.dim() == 2;
       const int64_t stride = l.input.stride(packed ? 0 : 1);
-      for (int64_t t = 0; t < l.T; ++t) {
-        const T* first = in<T>(l.input) + (packed ? l.row_begin[t] * stride : t * l.input.stride(0));
-        for (int64_t b = 0; b < l.row_begin[t + 1] - l.row_begin[t]; ++b) rows.push_back(first + b * stride);
-      }
+      for_each_row(l, [&](int64_t s, int64_t b) {
+        const int64_t t = l.steps.time(s), first = packed ? l.row_begin[t] * stride : t * l.input.stride(0);
+        rows.push_back(in<T>(l.input) + first + l.steps.state(b) * stride);
+      });
     });
   }
 
   static WeightAndBias recurrent_weight_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved,
                                                  bool bias) {
-    const Tensor output = dense(to_dtype(saved.output, g.d_h_gates.scalar_type()));
+    const ScalarType t = g.d_h_gates.scalar_type();
+    const Tensor output = dense(to_dtype(saved.output, t));
+    const MaybeTensor h_in = saved.h_in ? MaybeTensor(dense(to_dtype(*saved.h_in, t))) : std::nullopt;
+    const Tensor zeros = empty(output, {l.P}, t);
+    set_zero(zeros);
     return weight_gradient(l, g.d_h_gates, l.P, true, bias, [&](auto zero, auto& rows) {
       using T = decltype(zero);
-      rows.resize(l.N);
-      for (int64_t s = 0; s < l.T; ++s) {
-        const int64_t row = l.row_begin[l.steps.time(s)], started = l.steps.count(s - 1);
-        const T* before = s > 0 ? in<T>(output) + l.row_begin[l.steps.time(s - 1)] * l.P : nullptr;
-        for (int64_t b = 0; b < l.steps.count(s); ++b) rows[row + b] = (b < started ? before : in<T>(l.h0)) + b * l.P;
-      }
+      const uint8_t* reset = in<uint8_t>(l.reset);
+      for_each_row(l, [&](int64_t s, int64_t b) {
+        const T* h = b >= l.steps.count(s - 1) ? in<T>(l.h0) + l.steps.state(b) * l.P
+                                               : in<T>(output) + l.steps.place(s - 1, b) * l.P;
+        if (reset && reset[l.steps.place(s, b)]) h = in<T>(zeros);
+        rows.push_back(h_in ? in<T>(h_in) + l.steps.row(s, b) * l.P : h);
+      });
     });
+  }
+
+  // The sum over all rows of the gradient of a gate times c before the step, or as the step made it.
+  static Tensor parameter_gradient(const Layer& l, const GateGradients& g, const ForwardResult& r) {
+    using C = Cell<float>;
+    const ScalarType t = g.d_x_gates.scalar_type();
+    const Tensor saved_c = dense(to_dtype(*r.saved_c, t)), saved_gates = dense(to_dtype(*r.saved_gates, t));
+    const Tensor d_w = empty(l.input, {C::kParameters * l.H}, t);
+    set_zero(d_w);
+    dispatch_compute(t, [&](auto zero) {
+      using T = decltype(zero);
+      const T *c = in<T>(saved_c), *gates = in<T>(saved_gates), *d_gates = in<T>(g.d_x_gates), *c0 = in<T>(l.c0);
+      const uint8_t* resets = in<uint8_t>(l.reset);
+      T* sums = out<T>(d_w);
+      for_each_row(l, [&](int64_t s, int64_t b) {
+        const int64_t row = l.steps.row(s, b);
+        const bool reset = resets && resets[l.steps.place(s, b)];
+        const bool first = b >= l.steps.count(s - 1);
+        const T* c_before = first ? c0 + l.steps.state(b) * l.H : c + l.steps.row(s - 1, b) * l.H;
+        for (int64_t j = 0; j < l.H; ++j) {
+          const Values<T, C::kStates> prev = {T(0), reset ? T(0) : c_before[j]};
+          Values<T, C::kSaved> saved;
+          for (int k = 0; k < C::kSaved; ++k) saved[k] = gates[(row * C::kSaved + k) * l.H + j];
+          const T made = l.zone_c ? Cell<T>::restore_c(saved, prev) : c[row * l.H + j];
+          for (int k = 0; k < C::kParameters; ++k) {
+            const T d_gate = d_gates[(row * C::kGates + C::parameter_gate(k)) * l.H + j];
+            sums[k * l.H + j] += d_gate * (C::parameter_sees_next(k) ? made : prev[1]);
+          }
+        }
+      });
+    });
+    return d_w;
   }
 
   static Tensor projection_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved) {
     const Tensor m = dense(to_dtype(*saved.saved_m, g.d_projected->scalar_type()));
     const auto rows_of_m = [&](auto zero, auto& rows) {
-      for (int64_t n = 0; n < l.N; ++n) rows.push_back(in<decltype(zero)>(m) + n * l.H);
+      for (int64_t n = 0; n < l.real_rows(); ++n) rows.push_back(in<decltype(zero)>(m) + n * l.H);
     };
     return *weight_gradient(l, *g.d_projected, l.H, true, false, rows_of_m).weight;
   }
@@ -125,13 +201,14 @@ struct CpuPath {
 
   template <typename S, typename T = typename AccOf<S>::type>
   static SequenceForward<S> parameters(const Layer& l, const ForwardResult& r, const MaybeTensor& b_ih,
-                                       const MaybeTensor& b_hh, const MaybeTensor& c0) {
+                                       const MaybeTensor& b_hh, const MaybeTensor& w_cell, const MaybeTensor& c0) {
     const bool packed = l.input.dim() == 2;
     SequenceForward<S> p{};
     p.B = l.B;
     p.I = l.I;
     p.H = l.H;
     p.P = l.P;
+    p.N = l.N;
     p.steps = l.steps;
     p.input = in<S>(l.input);
     p.input_stride = l.input.stride(packed ? 0 : 1);
@@ -141,18 +218,42 @@ struct CpuPath {
     p.b_ih = in<T>(b_ih);
     p.b_hh = in<T>(b_hh);
     p.w_hr = in<S>(l.w_hr);
+    p.w_cell = in<T>(w_cell);
     p.h0 = in<S>(l.h0);
     p.c0 = in<T>(c0);
+    p.controls = l.controls<S>();
     p.output = out<S>(r.output);
     p.h_n = out<S>(r.h_n);
     p.c_n = out<T>(r.c_n);
+    p.cells = out<S>(r.cells);
     p.saved_gates = out<T>(r.saved_gates);
     p.saved_c = out<T>(r.saved_c);
     p.saved_m = out<T>(r.saved_m);
+    p.h_in = out<S>(r.h_in);
     return p;
   }
 
-  // list(zero, rows) appends the N rows that the weight was multiplied with.
+  // Calls f(step, position) for the rows of what is packed, in their order.
+  template <typename F>
+  static void for_each_row(const Layer& l, const F& f) {
+    for (int64_t t = 0; t < l.T; ++t) {
+      const int64_t s = l.steps.time(t);  // the step that runs at time t: reversal is its own inverse
+      for (int64_t b = 0; b < l.steps.count(s); ++b) f(s, b);
+    }
+  }
+
+  // Sets to zero what lies past the ends of the sequences: rows [T, B, width].
+  static void clear_past_end(const Layer& l, const Tensor& rows) {
+    const int64_t row_bytes = rows.numel() / std::max<int64_t>(1, l.N) * static_cast<int64_t>(rows.element_size());
+    char* first = out<char>(rows);
+    for (int64_t s = 0; s < l.T; ++s) {
+      for (int64_t b = l.steps.count(s); b < l.B; ++b) {
+        std::memset(first + l.steps.place(s, b) * row_bytes, 0, static_cast<size_t>(row_bytes));
+      }
+    }
+  }
+
+  // list(zero, rows) appends the rows that the weight was multiplied with, in the order of what is packed.
   template <typename ListRows>
   static WeightAndBias weight_gradient(const Layer& l, const Tensor& d_gates, int64_t K, bool weight, bool bias,
                                        const ListRows& list) {
@@ -164,9 +265,9 @@ struct CpuPath {
     dispatch_compute(t, [&](auto zero) {
       using T = decltype(zero);
       std::vector<const T*> rows;
-      rows.reserve(l.N);
+      rows.reserve(l.real_rows());
       if (weight) list(zero, rows);
-      weight_gradient_cpu<T>({l.N, M, K, in<T>(d_gates), rows.data(), out<T>(d.weight), out<T>(d.bias)},
+      weight_gradient_cpu<T>({l.real_rows(), M, K, in<T>(d_gates), rows.data(), out<T>(d.weight), out<T>(d.bias)},
                              torch_threads());
     });
     return d;

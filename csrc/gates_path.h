@@ -93,116 +93,123 @@ struct GatesPath {
     return to<T>(t, row);
   }
 
-  static ForwardResult forward(const Layer& l, bool save) {
+  // Lengths stay on the device: every step runs for every row, and leaves out those that have ended.
+  static constexpr bool kSorts = false;
+
+  // The controls of the rows [begin, ...) of the s-th step.
+  template <typename T>
+  static StepControls<T> controls(const Layer& l, int64_t s, int64_t begin) {
+    const int64_t row = l.row_begin[l.steps.time(s)] + begin;
+    const auto one_value = [](const MaybeTensor& zone) { return zone && zone->dim() == 1; };
+    const auto zone = [&](const MaybeTensor& z) { return one_value(z) ? in<T>(z) : at<T>(z, row); };
+    return {l.lengths ? in<int64_t>(l.lengths) + begin : nullptr,
+            l.steps.time(s),
+            l.reset ? in<uint8_t>(l.reset) + row : nullptr,
+            {zone(l.zone_h), zone(l.zone_c)},
+            {one_value(l.zone_h), one_value(l.zone_c)}};
+  }
+
+  static ForwardResult forward(const Layer& l, bool save, bool cells) {
     check_path();
     const OnDevice device(l.input);
     const ScalarType t = l.storage, acc = acc_dtype(t);
     ForwardResult r;
     r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.P}, t) : empty(l.input, {l.T, l.B, l.P}, t);
-    r.h_n = empty(l.input, {l.B, l.P}, t);
+    r.h_n = empty(l.input, {l.B, l.P}, t);  // h after the last step of each row so far
     copy_to(r.h_n, l.h0);
-    if (C::kStates == 2) {
-      r.c_n = empty(l.input, {l.B, l.H}, acc);
+    if (C::kStates > 1) {
+      r.c_n = empty(l.input, sizes_of(*l.c0), acc);
       copy_to(*r.c_n, *l.c0);
     }
+    if (cells) r.cells = empty(l.input, {l.T, l.B, l.H}, t);
     if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
-    if (save && C::kStates == 2) r.saved_c = empty(l.input, {l.N, l.H}, acc);
+    if (save && C::kStates > 1) r.saved_c = empty(l.input, {(C::kStates - 1) * l.N, l.H}, acc);
     if (save && l.w_hr) r.saved_m = empty(l.input, {l.N, l.H}, t);
+    if (save && l.h_mask) r.h_in = empty(l.input, {l.N, l.P}, t);
 
     const Tensor x_gates = flat(dense(l.w_ih ? linear(l.input, *l.w_ih, l.b_ih) : l.input), l.N);
     const Tensor h_gates = empty(l.input, {l.B, C::kGates * l.H}, t);
     const Tensor w_hh_t = transposed(l.w_hh);
     const Tensor output = flat(r.output, l.N);
     const MaybeTensor m = l.w_hr && !save ? MaybeTensor(empty(l.input, {l.B, l.H}, t)) : std::nullopt;
+    const bool changes_h = l.h_mask || l.reset;  // before the product
+    const MaybeTensor h_in = changes_h && !r.h_in ? MaybeTensor(empty(l.input, {l.B, l.P}, t)) : std::nullopt;
 
     for (int64_t s = 0; s < l.T; ++s) {
       const int64_t row = l.row_begin[l.steps.time(s)], count = l.steps.count(s);
-      const int64_t started = std::min(l.steps.count(s - 1), count);
-      // Rows that have a step before this one, then rows that start here.
-      step(l, r, x_gates, h_gates, w_hh_t, m, device, row, 0, started,
-           s > 0 ? rows(output, l.row_begin[l.steps.time(s - 1)], started) : l.h0);
-      step(l, r, x_gates, h_gates, w_hh_t, m, device, row, started, count, rows(l.h0, started, count - started));
-      const int64_t ended = std::min(l.steps.count(s + 1), count);
-      if (ended < count) copy_to(rows(r.h_n, ended, count - ended), rows(output, row + ended, count - ended));
+      Tensor h = rows(r.h_n, 0, count);
+      if (changes_h) {
+        h = r.h_in ? rows(*r.h_in, row, count) : rows(*h_in, 0, count);
+        make_product_input(l, s, r.h_n, h, device);
+      }
+      const Tensor products = rows(h_gates, 0, count);
+      mm_out(products, h, w_hh_t);
+      const MaybeTensor unprojected = r.saved_m ? r.saved_m : m;
+      const int64_t m_row = r.saved_m ? row : 0;
+      dispatch_storage(t, [&](auto types) {
+        using T = typename decltype(types)::storage;
+        using A = typename decltype(types)::acc;
+        const T* h_prev = l.w_hr ? nullptr : in<T>(r.h_n);
+        check_launch(launch_gates_forward<Cell, T, A>(
+            {count, l.H, at<T>(x_gates, row), in<T>(products), in<T>(l.b_hh), in<T>(l.w_cell), h_prev,
+             controls<T>(l, s, 0), out<A>(r.c_n), l.B * l.H, l.w_hr ? to<T>(unprojected, m_row) : to<T>(output, row),
+             l.w_hr ? nullptr : out<T>(r.h_n), to<T>(r.cells, row), to<T>(r.saved_gates, row), to<A>(r.saved_c, row),
+             l.N * l.H},
+            device.stream()));
+        if (!l.w_hr) return;
+        mm_out(rows(output, row, count), rows(*unprojected, m_row, count), transposed(*l.w_hr));
+        check_launch(launch_update_h(
+            count, l.P, KeepLiving<T>{at<T>(output, row), in<int64_t>(l.lengths), l.steps.time(s), out<T>(r.h_n)},
+            device.stream()));
+      });
     }
     return r;
   }
 
-  // Rows [begin, end) of the step whose first row is `first`.
-  static void step(const Layer& l, const ForwardResult& r, const Tensor& x_gates, const Tensor& h_gates,
-                   const Tensor& w_hh_t, const MaybeTensor& m, const OnDevice& device, int64_t first, int64_t begin,
-                   int64_t end, const Tensor& h_prev) {
-    if (begin == end) return;
-    const Tensor products = rows(h_gates, begin, end - begin);
-    mm_out(products, h_prev, w_hh_t);
-    const Tensor output = flat(r.output, l.N);
-    const MaybeTensor unprojected = r.saved_m ? r.saved_m : m;
-    const int64_t m_row = r.saved_m ? first + begin : begin;
+  // to = what the product of the s-th step reads, from h before it.
+  static void make_product_input(const Layer& l, int64_t s, const Tensor& h, const Tensor& to, const OnDevice& device) {
     dispatch_storage(l.storage, [&](auto types) {
       using T = typename decltype(types)::storage;
-      using A = typename decltype(types)::acc;
-      check_launch(
-          launch_gates_forward<Cell, T, A>({end - begin, l.H, at<T>(x_gates, first + begin), in<T>(products),
-                                            in<T>(l.b_hh), l.w_hr ? nullptr : in<T>(h_prev), to<A>(r.c_n, begin),
-                                            l.w_hr ? to<T>(unprojected, m_row) : to<T>(output, first + begin),
-                                            to<T>(r.saved_gates, first + begin), to<A>(r.saved_c, first + begin)},
-                                           device.stream()));
+      const ProductInput<T> update{in<T>(h), in<T>(l.h_mask), controls<T>(l, s, 0).reset, out<T>(to)};
+      check_launch(launch_update_h(l.steps.count(s), l.P, update, device.stream()));
     });
-    if (l.w_hr) {
-      mm_out(rows(output, first + begin, end - begin), rows(*unprojected, m_row, end - begin), transposed(*l.w_hr));
-    }
   }
 
-  static GateGradients backward(const Layer& l, const ForwardResult& saved, const MaybeTensor& d_output,
-                                const MaybeTensor& d_h_n, const MaybeTensor& d_c_n) {
+  static GateGradients backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d) {
     const OnDevice device(l.input);
     const ScalarType t = l.storage, acc = acc_dtype(t);
-    const auto carried = [&](int64_t width, const MaybeTensor& d_final) {
-      const Tensor d = empty(l.input, {l.B, width}, acc);
+    const auto carried = [&](const std::vector<int64_t>& sizes, const MaybeTensor& d_final) {
+      const Tensor d_state = empty(l.input, sizes, acc);
       if (d_final) {
-        copy_to(d, *d_final);
+        copy_to(d_state, *d_final);
       } else {
-        set_zero(d);
+        set_zero(d_state);
       }
-      return d;
+      return d_state;
+    };
+    const auto by_rows = [&](const MaybeTensor& d_rows) {
+      return d_rows ? MaybeTensor(flat(dense(*d_rows), l.N)) : std::nullopt;
     };
     GateGradients g;
     g.d_x_gates = empty(l.input, {l.N, C::kGates * l.H}, t);
     g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
-    g.d_h0 = carried(l.P, d_h_n);
-    if (C::kStates == 2) g.d_c0 = carried(l.H, d_c_n);
-    const Backward b{l,
-                     saved,
-                     g,
-                     d_output ? MaybeTensor(flat(dense(*d_output), l.N)) : std::nullopt,
-                     flat(saved.output, l.N),
-                     l.c0 ? MaybeTensor(to_dtype(*l.c0, acc)) : std::nullopt,
-                     empty(l.input, {l.B, l.P}, t),
-                     device};
+    g.d_h0 = carried({l.B, l.P}, d.h_n);
+    if (C::kStates > 1) g.d_c0 = carried(sizes_of(*l.c0), d.c_n);
     if (l.w_hr) g.d_projected = empty(l.input, {l.N, l.P}, t);
-
-    for (int64_t s = l.T - 1; s >= 0; --s) {
-      const int64_t row = l.row_begin[l.steps.time(s)], count = l.steps.count(s);
-      const int64_t going_on = std::min(l.steps.count(s + 1), count), started = std::min(l.steps.count(s - 1), count);
-      if (going_on > 0) {
-        mm_out(rows(b.products, 0, going_on), rows(g.d_h_gates, l.row_begin[l.steps.time(s + 1)], going_on), l.w_hh);
-      }
-      // The two boundaries cut the rows into those with and without a following step, a step before.
-      int64_t begin = 0;
-      for (const int64_t end : {std::min(going_on, started), std::max(going_on, started), count}) {
-        if (begin < end) b.step(s, row, begin, end, begin < going_on, begin < started);
-        begin = end;
-      }
-      if (started < count) {  // their way through W_hh ends in h0
-        const Tensor d_h0 = rows(g.d_h0, started, count - started);
-        const Tensor product = mm(rows(g.d_h_gates, row + started, count - started), l.w_hh);
-        copy_to(d_h0, add(d_h0, to_dtype(product, acc)));
-      }
-    }
+    if (C::kParameters > 0) g.d_w_rows = empty(l.input, {l.N, C::kParameters * l.H}, acc);
+    const Backward b{l, saved, g, by_rows(d.output), by_rows(d.cells), flat(saved.output, l.N),
+                     // Where nothing ends within a step, the rows before are those of the step before.
+                     l.lengths ? MaybeTensor(h_before(l, saved, device)) : std::nullopt,
+                     l.c0 ? MaybeTensor(to_dtype(*l.c0, acc)) : std::nullopt, empty(l.input, {l.B, l.P}, t),
+                     // The kernel's carry with a projection, which has another width.
+                     l.w_hr ? MaybeTensor(empty(l.input, {l.B, l.H}, acc)) : std::nullopt, device};
+    for (int64_t s = l.T - 1; s >= 0; --s) b.step(s);
     return g;
   }
 
-  static Tensor input_gradient(const Layer& l, const Tensor& d_x_gates) { return mm(d_x_gates, *l.w_ih); }
+  static Tensor input_gradient(const Layer& l, const Tensor& d_x_gates) {
+    return l.w_ih ? mm(d_x_gates, *l.w_ih) : d_x_gates;
+  }
 
   static WeightAndBias input_weight_gradient(const Layer& l, const GateGradients& g, bool bias) {
     return {l.w_ih ? MaybeTensor(mm(transposed(g.d_x_gates), flat(l.input, l.N))) : std::nullopt,
@@ -210,55 +217,132 @@ struct GatesPath {
   }
   static WeightAndBias recurrent_weight_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved,
                                                  bool bias) {
-    return {mm(transposed(g.d_h_gates), l.h_before(saved.output)),
-            bias ? MaybeTensor(sum_rows(g.d_h_gates)) : std::nullopt};
+    const OnDevice device(l.input);
+    Tensor h = saved.h_in ? *saved.h_in : h_before(l, saved, device);
+    if (l.reset && !saved.h_in) {
+      for (int64_t s = 0; s < l.T; ++s) {
+        const Tensor step_rows = rows(h, l.row_begin[l.steps.time(s)], l.steps.count(s));
+        make_product_input(l, s, step_rows, step_rows, device);
+      }
+    }
+    return {mm(transposed(g.d_h_gates), h), bias ? MaybeTensor(sum_rows(g.d_h_gates)) : std::nullopt};
   }
   static Tensor projection_gradient(const Layer&, const GateGradients& g, const ForwardResult& saved) {
     return mm(transposed(*g.d_projected), *saved.saved_m);
+  }
+
+  static Tensor parameter_gradient(const Layer&, const GateGradients& g, const ForwardResult&) {
+    return sum_rows(*g.d_w_rows);
+  }
+
+  // h before each row's step, [N, P]. In reverse a row begins at its end, with h0.
+  static Tensor h_before(const Layer& l, const ForwardResult& saved, const OnDevice& device) {
+    const Tensor h = l.h_before(saved.output);
+    if (!l.lengths || !l.steps.reverse) return h;
+    const Tensor output = flat(saved.output, l.N);
+    for (int64_t t = 0; t + 1 < l.T; ++t) {
+      const Tensor step_rows = rows(h, t * l.B, l.B);
+      copy_to(step_rows, l.h0);
+      dispatch_storage(l.storage, [&](auto types) {
+        using T = typename decltype(types)::storage;
+        const KeepLiving<T> update{at<T>(output, (t + 1) * l.B), in<int64_t>(l.lengths), t + 1, out<T>(step_rows)};
+        check_launch(launch_update_h(l.B, l.P, update, device.stream()));
+      });
+    }
+    return h;
   }
 
   struct Backward {
     const Layer& l;
     const ForwardResult& saved;
     const GateGradients& g;
-    const MaybeTensor d_output;  // [N, P]
-    const Tensor output;         // [N, P]
-    const MaybeTensor c0;        // [B, H]  in the type of c
-    const Tensor products;       // [B, P]  d_h_gates of the following step times W_hh
+    const MaybeTensor d_output;   // [N, P]
+    const MaybeTensor d_cells;    // [N, H]
+    const Tensor output;          // [N, P]
+    const MaybeTensor h_prev;     // [N, P] or null: rows of output and h0
+    const MaybeTensor c0;         // [C, B, H]  in the type of c
+    const Tensor products;        // [B, P]  d_h_gates of a step times W_hh
+    const MaybeTensor d_m_carry;  // [B, H]
     const OnDevice& device;
 
-    void step(int64_t s, int64_t first, int64_t begin, int64_t end, bool following, bool before) const {
-      const int64_t count = end - begin, row = first + begin;
-      Tensor d_h = rows(products, begin, count);
+    // Whether the gradient that leaves a step is made apart. Else the kernel of the step before adds the product
+    // itself.
+    bool folds() const { return l.w_hr || l.lengths || l.reset || l.h_mask || l.grad_clip != 0; }
+
+    void step(int64_t s) const {
+      const int64_t row = l.row_begin[l.steps.time(s)], count = l.steps.count(s);
+      const int64_t started = std::min(l.steps.count(s - 1), count);                 // rows with a step before
+      const int64_t going_on = folds() ? 0 : std::min(l.steps.count(s + 1), count);  // rows with a product to add
+      MaybeTensor d_m;
       if (l.w_hr) {
-        const Tensor carried = rows(g.d_h0, begin, count);
-        Tensor sum = following ? add(carried, to_dtype(d_h, carried.scalar_type())) : carried;
-        if (d_output) sum = add(sum, to_dtype(rows(*d_output, row, count), carried.scalar_type()));
-        const Tensor d_projected = rows(*g.d_projected, row, count);
-        copy_to(d_projected, sum);
-        set_zero(carried);
-        d_h = mm(d_projected, *l.w_hr);
+        take_projected(s);
+        d_m = mm(rows(*g.d_projected, row, count), *l.w_hr);
+        set_zero(rows(*d_m_carry, 0, count));
       }
-      const int64_t row_before = before ? l.row_begin[l.steps.time(s - 1)] + begin : begin;
-      // With a projection the kernel's d_h carry has nothing to carry: it starts from zero at every step.
-      const MaybeTensor carry = l.w_hr ? MaybeTensor(zeros(count, l.H)) : MaybeTensor(rows(g.d_h0, begin, count));
+      int64_t begin = 0;
+      for (const int64_t end : {std::min(going_on, started), std::max(going_on, started), count}) {
+        if (begin < end) gates(s, row, begin, end, begin < started, begin < going_on ? MaybeTensor(products) : d_m);
+        begin = end;
+      }
+      mm_out(rows(products, 0, count), rows(g.d_h_gates, row, count), l.w_hh);
+      leave(s, folds() ? 0 : started, count);
+    }
+
+    // Of rows [begin, end): the gradient that leaves the step becomes what is carried, in the end d_h0.
+    void leave(int64_t s, int64_t begin, int64_t end) const {
       dispatch_storage(l.storage, [&](auto types) {
         using T = typename decltype(types)::storage;
         using A = typename decltype(types)::acc;
-        check_launch(launch_gates_backward<Cell, T, A>(
-            {count, l.H, at<T>(saved.saved_gates, row), l.w_hr ? nullptr : at<T>(before ? output : l.h0, row_before),
-             l.w_hr ? nullptr : at<T>(output, row), at<A>(before ? saved.saved_c : c0, row_before),
-             at<A>(saved.saved_c, row), l.w_hr ? nullptr : at<T>(d_output, row),
-             following || l.w_hr ? in<T>(d_h) : nullptr, out<A>(carry), to<A>(g.d_c0, begin), to<T>(g.d_x_gates, row),
-             to<T>(g.d_h_gates, row)},
-            device.stream()));
+        const StepControls<T> c = controls<T>(l, s, begin);
+        const ThroughStep<T, A> update{
+            at<T>(products, begin), at<T>(l.h_mask, begin), c.lengths, c.t, c.reset, l.grad_clip, to<A>(g.d_h0, begin)};
+        check_launch(launch_update_h(end - begin, l.P, update, device.stream()));
       });
     }
 
-    Tensor zeros(int64_t count, int64_t width) const {
-      const Tensor z = empty(l.input, {count, width}, acc_dtype(l.storage));
-      set_zero(z);
-      return z;
+    void take_projected(int64_t s) const {
+      const int64_t row = l.row_begin[l.steps.time(s)];
+      dispatch_storage(l.storage, [&](auto types) {
+        using T = typename decltype(types)::storage;
+        using A = typename decltype(types)::acc;
+        const StepControls<T> c = controls<T>(l, s, 0);
+        const TakeProjected<T, A> update{at<T>(d_output, row), c.lengths, c.t, out<A>(g.d_h0),
+                                         to<T>(g.d_projected, row)};
+        check_launch(launch_update_h(l.steps.count(s), l.P, update, device.stream()));
+      });
+    }
+
+    // Rows [begin, end) of a step, all with a step before or all without. d_h: rows of what is added to what is
+    // carried.
+    void gates(int64_t s, int64_t first, int64_t begin, int64_t end, bool has_before, const MaybeTensor& d_h) const {
+      const int64_t row = first + begin, before = has_before ? l.row_begin[l.steps.time(s - 1)] + begin : begin;
+      dispatch_storage(l.storage, [&](auto types) {
+        using T = typename decltype(types)::storage;
+        using A = typename decltype(types)::acc;
+        const T* h = h_prev ? at<T>(h_prev, row) : at<T>(has_before ? output : l.h0, before);
+        check_launch(launch_gates_backward<Cell, T, A>({end - begin,
+                                                        l.H,
+                                                        in<T>(l.w_cell),
+                                                        at<T>(saved.saved_gates, row),
+                                                        l.w_hr ? nullptr : h,
+                                                        l.w_hr ? nullptr : at<T>(output, row),
+                                                        at<A>(has_before ? saved.saved_c : c0, before),
+                                                        (has_before ? l.N : l.B) * l.H,
+                                                        at<A>(saved.saved_c, row),
+                                                        l.N * l.H,
+                                                        l.w_hr ? nullptr : at<T>(d_output, row),
+                                                        at<T>(d_h, begin),
+                                                        at<T>(d_cells, row),
+                                                        controls<T>(l, s, begin),
+                                                        l.grad_clip,
+                                                        l.w_hr ? to<A>(d_m_carry, begin) : to<A>(g.d_h0, begin),
+                                                        to<A>(g.d_c0, begin),
+                                                        l.B * l.H,
+                                                        to<T>(g.d_x_gates, row),
+                                                        to<T>(g.d_h_gates, row),
+                                                        to<A>(g.d_w_rows, row)},
+                                                       device.stream()));
+      });
     }
   };
 };

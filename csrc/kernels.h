@@ -2,9 +2,9 @@
 // THE SEAM between ops.cpp, which knows torch, and the kernels, which do not: parameters and launchers.
 //
 // Sizes: T time, B batch, I input, H hidden, P projection (the width of h; P == H without one), G gates of the cell,
-// N rows of the sequence: T*B, or sum(batch_sizes) when packed. Strides count elements. scalar_t is the storage type,
-// acc_t the type that gates and states are computed in: double for double, float for float, half and bfloat16.
-// Tensors are row-major and contiguous unless a stride is named. Outputs alias nothing unless said.
+// N rows of the sequence: T*B, or the sum of the lengths when they differ. Strides count elements. scalar_t is the
+// storage type, acc_t the type that gates and states are computed in: double for double, float for float, half and
+// bfloat16. Tensors are row-major and contiguous unless a stride is named. Outputs alias nothing unless said.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,22 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
+#include "cells/slstm.h"
+#include "cells/zoneout.h"
 
-// The list of cells: FASTRNN_FOR_EACH_CELL(X) expands X(op name, cell template). A test walks it.
-#define FASTRNN_FOR_EACH_CELL(X) \
-  X(rnn_tanh, RnnTanhCell)       \
-  X(rnn_relu, RnnReluCell)       \
-  X(lstm, LstmCell)              \
+// The lists of cells: they expand X(op name, cell template). Tests walk them. Those of torch.nn have persistent CUDA
+// kernels too.
+#define FASTRNN_FOR_EACH_TORCH_CELL(X) \
+  X(rnn_tanh, RnnTanhCell)             \
+  X(rnn_relu, RnnReluCell)             \
+  X(lstm, LstmCell)                    \
   X(gru, GruCell)
+#define FASTRNN_FOR_EACH_CELL(X)      \
+  FASTRNN_FOR_EACH_TORCH_CELL(X)      \
+  X(rnn_leaky_relu, RnnLeakyReluCell) \
+  X(lstm_coupled, CoupledLstmCell)    \
+  X(lstm_peephole, PeepholeLstmCell)  \
+  X(slstm, SlstmCell)
 
 namespace fastrnn {
 
@@ -27,10 +36,14 @@ namespace fastrnn {
 // forward pass for inference, on processors that multiply it.
 
 // Where step t lives. Dense: count(t) == B for every t. Packed: rows of longer sequences first, counts non-increasing.
+// With lengths: input and output are dense, what lies between them is packed, and the batch runs in the order of the
+// lengths. "Position" b is the place of a sequence in that order, its row of the batch elsewhere.
 struct Steps {
   int64_t T;
-  const int64_t* row_begin;  // [T + 1] first row of each step; row_begin[T] == N
-  bool reverse;              // run from t = T-1 down to 0
+  const int64_t* row_begin;        // [T + 1] first row of each step; row_begin[T] == N
+  bool reverse;                    // run from t = T-1 down to 0
+  const int64_t* order = nullptr;  // [B] with lengths: the row of the batch at each position, longest first
+  int64_t B = 0;                   // with lengths: the rows of the batch
 
   int64_t time(int64_t s) const { return reverse ? T - 1 - s : s; }  // the s-th step to be run
   int64_t count(int64_t s) const {                                   // its rows; 0 before the first and after the last
@@ -38,6 +51,21 @@ struct Steps {
     const int64_t t = time(s);
     return row_begin[t + 1] - row_begin[t];
   }
+  // Of position b at the s-th step: its row of what is packed, its row of input and output, its row of the states.
+  int64_t row(int64_t s, int64_t b) const { return row_begin[time(s)] + b; }
+  int64_t place(int64_t s, int64_t b) const { return order ? time(s) * B + order[b] : row(s, b); }
+  int64_t state(int64_t b) const { return order ? order[b] : b; }
+};
+
+// What happens to the states between two steps, beside the cell; null or 0: nothing. R: the rows of input and output.
+inline constexpr int kZonedStates = 2;  // h and c
+template <typename scalar_t>
+struct Controls {
+  const uint8_t* reset = nullptr;             // [R]  1: the states are zero before the step
+  const scalar_t* h_mask = nullptr;           // [B, P]  multiplies h in the recurrent product
+  const scalar_t* zone[kZonedStates] = {};    // [R, H]  share of the state before that is kept: zoneout
+  bool zone_is_one_value[kZonedStates] = {};  // [1] in place of [R, H]
+  double grad_clip = 0;  // the gradient that leaves a step for the one before is clamped to +-grad_clip
 };
 
 // bfloat16: the upper half of a float.
@@ -64,9 +92,10 @@ template <typename scalar_t>
 struct SequenceForward {
   using acc_t = typename AccOf<scalar_t>::type;
   int64_t B, I, H, P;
+  int64_t N;  // rows of what is packed
   Steps steps;
   // inputs
-  const scalar_t* input;   // [N, I], or x_gates [N, G*H] when w_ih is null
+  const scalar_t* input;   // [R, I], or x_gates [R, G*H] when w_ih is null
   int64_t input_stride;    // between the rows of a step
   int64_t input_stride_t;  // between steps; 0 when packed: rows follow each other
   const scalar_t* w_ih;    // [G*H, I] or null
@@ -74,47 +103,55 @@ struct SequenceForward {
   const acc_t* b_ih;       // [G*H] or null
   const acc_t* b_hh;       // [G*H] or null
   const scalar_t* w_hr;    // [P, H] or null: no projection, P == H
+  const acc_t* w_cell;     // [kParameters*H] or null
   const scalar_t* h0;      // [B, P]
-  const acc_t* c0;         // [B, H]; null for cells without c
+  const acc_t* c0;         // [C, B, H]  the C = kStates - 1 states beside h; null for cells without
+  Controls<scalar_t> controls;
   // outputs
-  scalar_t* output;    // [N, P]
+  scalar_t* output;    // [R, P]
   scalar_t* h_n;       // [B, P]
-  acc_t* c_n;          // [B, H]; null for cells without c. Holds the running state
+  acc_t* c_n;          // [C, B, H]; null for cells without c. Holds the running state
+  scalar_t* cells;     // [R, H]  c after each step, or null
   acc_t* saved_gates;  // [N, kSaved*H]; null in inference
-  acc_t* saved_c;      // [N, H]  c after each step; null in inference and for cells without c
+  acc_t* saved_c;      // [C, N, H]  c after each step; null in inference and for cells without c
   acc_t* saved_m;      // [N, H]  h before the projection; null in inference and without a projection
+  scalar_t* h_in;      // [N, P]  what the recurrent product reads: h before the step, masked; null without h_mask
 };
 
 template <typename scalar_t>
 struct SequenceBackward {
   int64_t B, H, P;
+  int64_t N;  // rows of what is packed
   Steps steps;
   // inputs
-  const scalar_t* w_hh;         // [G*H, P]
-  const scalar_t* w_hr;         // [P, H] or null
-  const scalar_t* h0;           // [B, P]
-  const scalar_t* c0;           // [B, H]; null for cells without c
-  const scalar_t* output;       // [N, P]
+  const scalar_t* w_hh;    // [G*H, P]
+  const scalar_t* w_hr;    // [P, H] or null
+  const scalar_t* w_cell;  // [kParameters*H] or null
+  const scalar_t* h0;      // [B, P]
+  const scalar_t* c0;      // [C, B, H]; null for cells without c
+  Controls<scalar_t> controls;
+  const scalar_t* output;       // [R, P]
   const scalar_t* saved_gates;  // [N, kSaved*H]
-  const scalar_t* saved_c;      // [N, H]; null for cells without c
-  const scalar_t* d_output;     // [N, P] or null: zero
+  const scalar_t* saved_c;      // [C, N, H]; null for cells without c
+  const scalar_t* d_output;     // [R, P] or null: zero
   const scalar_t* d_h_n;        // [B, P] or null: zero
-  const scalar_t* d_c_n;        // [B, H] or null: zero
+  const scalar_t* d_c_n;        // [C, B, H] or null: zero
+  const scalar_t* d_cells;      // [R, H] or null: zero
   // outputs
   scalar_t* d_x_gates;    // [N, G*H]
   scalar_t* d_h_gates;    // [N, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
   scalar_t* d_projected;  // [N, P]  gradient of h after the projection; null without one
   scalar_t* d_h0;         // [B, P]  carries the direct part of d_h from step to step
-  scalar_t* d_c0;         // [B, H]  carries d_c; null for cells without c
+  scalar_t* d_c0;         // [C, B, H]  carries d_c; null for cells without c
 };
 
 // d_input = d_x_gates W_ih.
 template <typename scalar_t>
 struct InputGradient {
-  int64_t N, M, I;          // M = G*H
-  const scalar_t* d_gates;  // [N, M]
-  const scalar_t* w_ih;     // [M, I]
-  scalar_t* d_input;        // [N, I]
+  int64_t N, M, I;           // M = G*H
+  const scalar_t* d_gates;   // [N, M]
+  const scalar_t* w_ih;      // [M, I]
+  scalar_t* const* d_input;  // [N] rows of I
 };
 
 // d_weight = the sum over n of d_gates[n]^T rows[n], and d_bias that of d_gates[n].
@@ -142,7 +179,17 @@ void sequence_backward_cpu(const SequenceBackward<scalar_t>&, const ThreadPool&)
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA, path "gates": one step of one layer; the recurrent product has been made by the caller.
 
-// The step's rows are the first B rows of each pointer.
+// What happens to the states at one step, beside the cell; null: nothing.
+template <typename scalar_t>
+struct StepControls {
+  const int64_t* lengths = nullptr;  // [B]  a row of length t or less is dead: its states stay, its output is zero
+  int64_t t = 0;
+  const uint8_t* reset = nullptr;             // [B]  1: the states are zero before the step
+  const scalar_t* zone[kZonedStates] = {};    // [B, H]  share of the state before that is kept
+  bool zone_is_one_value[kZonedStates] = {};  // [1] in place of [B, H]
+};
+
+// The step's rows are the first B rows of each pointer. C: the states beside h.
 template <typename scalar_t, typename acc_t>
 struct GatesForward {
   int64_t B, H;
@@ -150,32 +197,86 @@ struct GatesForward {
   const scalar_t* x_gates;  // [B, G*H]  W_ih x + b_ih
   const scalar_t* h_gates;  // [B, G*H]  W_hh h_prev, without bias
   const scalar_t* b_hh;     // [G*H] or null
+  const scalar_t* w_cell;   // [kParameters*H] or null
   const scalar_t* h_prev;   // [B, H]; null with a projection: the LSTM reads h through the product alone
+  StepControls<scalar_t> controls;
   // state, updated in place
-  acc_t* c;  // [B, H]; null for cells without c
+  acc_t* c;          // [C, B, H]; null for cells without c
+  int64_t c_stride;  // between the C
   // outputs
-  scalar_t* h_next;       // [B, H]
-  scalar_t* saved_gates;  // [B, kSaved*H]; null in inference
-  acc_t* saved_c;         // [B, H]  c after the step; null in inference and for cells without c
+  scalar_t* h_next;        // [B, H]
+  scalar_t* h_state;       // [B, H]  may be h_prev: h_next for the rows that live, or null
+  scalar_t* cells;         // [B, H]  c after the step, or null
+  scalar_t* saved_gates;   // [B, kSaved*H]; null in inference
+  acc_t* saved_c;          // [C, B, H]  c after the step; null in inference and for cells without c
+  int64_t saved_c_stride;  // between the C
 };
 
 template <typename scalar_t, typename acc_t>
 struct GatesBackward {
   int64_t B, H;
   // inputs
+  const scalar_t* w_cell;       // [kParameters*H] or null
   const scalar_t* saved_gates;  // [B, kSaved*H]
   const scalar_t* h_prev;       // [B, H]; null with a projection
   const scalar_t* h_next;       // [B, H]; null with a projection
-  const acc_t* c_prev;          // [B, H]; null for cells without c
-  const acc_t* c_next;          // [B, H]; null for cells without c
+  const acc_t* c_prev;          // [C, B, H]; null for cells without c
+  int64_t c_prev_stride;        // between the C
+  const acc_t* c_next;          // [C, B, H]; null for cells without c
+  int64_t c_next_stride;        // between the C
   const scalar_t* d_output;     // [B, H]  gradient of this step's output, or null: zero
   const scalar_t* d_h_product;  // [B, H]  d_h_gates of the following step times W_hh, or null: zero
+  const scalar_t* d_cells;      // [B, H]  gradient of this step's c, or null: zero
+  StepControls<scalar_t> controls;
+  double grad_clip;  // of the gradient that leaves the step for c before it; 0: none
   // carried from step to step, updated in place
-  acc_t* d_h;  // [B, H]  in: gradient of h_next beside d_output and d_h_product; out: d_prev of h
-  acc_t* d_c;  // [B, H]  in: gradient of c_next; out: gradient of c_prev; null for cells without c
+  acc_t* d_h;          // [B, H]  in: gradient of h_next beside d_output and d_h_product; out: d_prev of h
+  acc_t* d_c;          // [C, B, H]  in: gradient of c_next; out: gradient of c_prev; null for cells without c
+  int64_t d_c_stride;  // between the C
   // outputs
   scalar_t* d_x_gates;  // [B, G*H]
   scalar_t* d_h_gates;  // [B, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
+  acc_t* d_w_rows;      // [B, kParameters*H]  each row's part of the gradient of w_cell; null for cells without
+};
+
+// What the controls do to h between two steps. Rows of width values; mask [rows, width] or null; lengths, t and reset
+// as in StepControls.
+
+// to = from, masked; zero where the row is reset.
+template <typename scalar_t>
+struct ProductInput {
+  const scalar_t *from, *mask;
+  const uint8_t* reset;
+  scalar_t* to;
+};
+// The projected h of the rows that live becomes their state.
+template <typename scalar_t>
+struct KeepLiving {
+  const scalar_t* from;
+  const int64_t* lengths;
+  int64_t t;
+  scalar_t* state;
+};
+// The gradient that leaves a step for h before it, through the product and beside it: d_h = clipped(product mask +
+// d_h), zero where the row is reset, as it was where it is dead.
+template <typename scalar_t, typename acc_t>
+struct ThroughStep {
+  const scalar_t *product, *mask;
+  const int64_t* lengths;
+  int64_t t;
+  const uint8_t* reset;
+  double grad_clip;
+  acc_t* d_h;
+};
+// The gradient of the projected h of the rows that live, d_h + d_output: taken from what is carried. d_output may be
+// null.
+template <typename scalar_t, typename acc_t>
+struct TakeProjected {
+  const scalar_t* d_output;
+  const int64_t* lengths;
+  int64_t t;
+  acc_t* d_h;
+  scalar_t* d_projected;  // zero where the row is dead
 };
 
 #if defined(FASTRNN_WITH_CUDA) || defined(FASTRNN_EMULATE)
@@ -186,6 +287,9 @@ template <template <typename> class Cell, typename scalar_t, typename acc_t>
 CudaStatus launch_gates_forward(const GatesForward<scalar_t, acc_t>&, CudaStream);
 template <template <typename> class Cell, typename scalar_t, typename acc_t>
 CudaStatus launch_gates_backward(const GatesBackward<scalar_t, acc_t>&, CudaStream);
+// Instantiated for the four above.
+template <class Update>
+CudaStatus launch_update_h(int64_t rows, int64_t width, const Update&, CudaStream);
 const char* cuda_status_string(CudaStatus);
 #endif
 

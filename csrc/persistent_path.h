@@ -58,14 +58,38 @@ inline void check_no_failure() {
 }
 
 template <template <typename> class Cell>
+constexpr bool kHasPersistentKernel = false;
+#define FASTRNN_HAS_KERNEL(name, Cell) \
+  template <>                          \
+  constexpr bool kHasPersistentKernel<Cell> = true;
+FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_HAS_KERNEL)
+#undef FASTRNN_HAS_KERNEL
+
+template <template <typename> class Cell>
 struct PersistentPath : GatesPath<Cell> {
   using C = Cell<float>;
   using Gates = GatesPath<Cell>;
 
-  static ForwardResult forward(const Layer& l, bool save) {
+  static ForwardResult forward(const Layer& l, bool save, bool cells) {
     const OnDevice device(l.input);
-    const CudaPlan plan = plan_for(l, Pass::forward);
-    if (plan.path == CudaPath::gates) return Gates::forward(l, save);
+    const CudaPlan plan = plan_for(l, cells, Pass::forward);
+    if constexpr (kHasPersistentKernel<Cell>) {
+      if (plan.path == CudaPath::persistent) return forward(l, save, plan.tiling, device);
+    }
+    return Gates::forward(l, save, cells);
+  }
+
+  static GateGradients backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d) {
+    const OnDevice device(l.input);
+    const CudaPlan plan = plan_for(l, d.cells.has_value(), Pass::backward);
+    if constexpr (kHasPersistentKernel<Cell>) {
+      if (plan.path == CudaPath::persistent) return backward(l, saved, d, plan.tiling, device);
+    }
+    return Gates::backward(l, saved, d);
+  }
+
+ private:
+  static ForwardResult forward(const Layer& l, bool save, const PersistentTiling& tiling, const OnDevice& device) {
     check_no_failure();
     const ScalarType t = l.storage;
     ForwardResult r;
@@ -76,11 +100,11 @@ struct PersistentPath : GatesPath<Cell> {
     if (save && C::kStates == 2) r.saved_c = empty(l.input, {l.N, l.H}, ScalarType::Float);
 
     const Tensor x_gates = flat(dense(l.w_ih ? linear(l.input, *l.w_ih, l.b_ih) : l.input), l.N);
-    const Workspace workspace(l, plan.tiling, device);
+    const Workspace workspace(l, tiling, device);
     dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
       check_launch(launch_persistent_forward<Cell, T>(
-          {workspace.steps(l), l.H, plan.tiling, in<T>(x_gates), in<T>(l.w_hh), in<T>(l.b_hh), in<T>(l.h0), in<T>(l.c0),
+          {workspace.steps(l), l.H, tiling, in<T>(x_gates), in<T>(l.w_hh), in<T>(l.b_hh), in<T>(l.h0), in<T>(l.c0),
            out<T>(r.output), out<T>(r.h_n), out<T>(r.c_n), out<T>(r.saved_gates), out<float>(r.saved_c),
            out<void>(workspace.exchange), failure_word()},
           arithmetic(t), device.stream()));
@@ -88,26 +112,23 @@ struct PersistentPath : GatesPath<Cell> {
     return r;
   }
 
-  static GateGradients backward(const Layer& l, const ForwardResult& saved, const MaybeTensor& d_output,
-                                const MaybeTensor& d_h_n, const MaybeTensor& d_c_n) {
-    const OnDevice device(l.input);
-    const CudaPlan plan = plan_for(l, Pass::backward);
-    if (plan.path == CudaPath::gates) return Gates::backward(l, saved, d_output, d_h_n, d_c_n);
+  static GateGradients backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d,
+                                const PersistentTiling& tiling, const OnDevice& device) {
     check_no_failure();
     const ScalarType t = l.storage;
     const auto prepare = [](const MaybeTensor& d) { return d ? MaybeTensor(dense(*d)) : std::nullopt; };
-    const MaybeTensor d_out = prepare(d_output), d_h = prepare(d_h_n), d_c = prepare(d_c_n);
+    const MaybeTensor d_out = prepare(d.output), d_h = prepare(d.h_n), d_c = prepare(d.c_n);
     GateGradients g;
     g.d_x_gates = empty(l.input, {l.N, C::kGates * l.H}, t);
     g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
     g.d_h0 = empty(l.input, {l.B, l.H}, t);
     if (C::kStates == 2) g.d_c0 = empty(l.input, {l.B, l.H}, t);
 
-    const Workspace workspace(l, plan.tiling, device);
+    const Workspace workspace(l, tiling, device);
     dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
       check_launch(launch_persistent_backward<Cell, T>(
-          {workspace.steps(l), l.H, plan.tiling, in<T>(l.w_hh), in<T>(l.h0), in<T>(l.c0), in<T>(saved.output),
+          {workspace.steps(l), l.H, tiling, in<T>(l.w_hh), in<T>(l.h0), in<T>(l.c0), in<T>(saved.output),
            in<T>(saved.saved_gates), in<float>(saved.saved_c), in<T>(d_out), in<T>(d_h), in<T>(d_c),
            out<T>(g.d_x_gates), out<T>(g.d_h_gates), out<T>(g.d_h0), out<T>(g.d_c0), out<void>(workspace.exchange),
            failure_word()},
@@ -116,11 +137,12 @@ struct PersistentPath : GatesPath<Cell> {
     return g;
   }
 
- private:
-  static CudaPlan plan_for(const Layer& l, Pass pass) {
+  static CudaPlan plan_for(const Layer& l, bool cells, Pass pass) {
     const CudaForce force = forced_by_environment();
-    const CudaPlan plan = plan_cuda(
-        {l.T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass}, cuda_device(), force);
+    CudaPlan plan = plan_cuda({l.T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass},
+                              cuda_device(), force);
+    if (!kHasPersistentKernel<Cell>) plan = {CudaPath::gates, {}, "this cell has no persistent kernel"};
+    if (l.is_controlled() || cells) plan = {CudaPath::gates, {}, "persistent kernels leave the states alone"};
     check(plan.path == CudaPath::persistent || force.path != CudaPath::persistent,
           "fastrnn: FASTRNN_PATH=persistent cannot serve this layer: ", plan.reason);
     return plan;

@@ -49,8 +49,8 @@ Tensor call(const char* op, const char* overload, const Args&... args) {
 }
 
 // An uninitialised contiguous tensor on the device of `like`.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  std::vector<int64_t> size(sizes), stride(sizes.size());
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  std::vector<int64_t> stride(size.size());
   int64_t count = 1;
   for (size_t i = size.size(); i-- > 0;) {
     stride[i] = count;
@@ -64,6 +64,12 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
                                        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                        device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+  return sizes;
 }
 
 inline Tensor dense(const Tensor& t) {

@@ -29,24 +29,27 @@ class Operator:
     """An operator and its backward.
 
     The arguments of the operator are `floats` floating-point tensors, which it is differentiable in and the last of
-    which are its `states`, then batch_sizes, reverse and save. Its results are the output and the final states,
-    `results` tensors in all, then what is saved for backward. The arguments of its backward are the gradients of the
-    results, the arguments without save, the output, what was saved, and which gradients are needed.
+    which are its `states`, then batch_sizes, reverse and save, then the controls, which may be left out from the end.
+    It is no function of the controls to differentiate. Its results are the output, the final states and whatever else
+    it has a gradient for, `results` tensors in all, then the `saved` ones that backward needs. The arguments of its
+    backward are the gradients of the results, the arguments without save, the output, what was saved, which gradients
+    are needed, and the controls.
     """
 
-    def __init__(self, name: str, floats: int, states: int, definition: Callable[..., Tensors]) -> None:
+    def __init__(self, name: str, floats: int, states: int, results: int, definition: Callable[..., Tensors]) -> None:
         """Registers the derivatives and the batching rules of torch.ops.fastrnn.<name> and <name>_backward.
 
         Args:
             name: Of the operator.
             floats: How many floating-point arguments come first.
             states: How many of the last of them are states.
+            results: How many results come before those that are saved for backward.
             definition: The results in plain torch, as a function of the arguments without save.
         """
-        self.name, self.floats, self.states, self.definition = name, floats, states, definition
-        self.results = 1 + states
+        self.name, self.floats, self.states, self.results, self.definition = name, floats, states, results, definition
         self.forward = getattr(torch.ops.fastrnn, name).default
         self.backward = getattr(torch.ops.fastrnn, f"{name}_backward").default
+        self.saved = len(self.forward._schema.returns) - results
         for op, kernel, rule in (
             (self.forward, _differentiable_forward, _batched_forward),
             (self.backward, _differentiable_backward, _batched_backward),
@@ -56,34 +59,33 @@ class Operator:
                 _register(op, partial(_call_without_autocast, op, device), f"Autocast{device.upper()}")
             torch.library.register_vmap(op, partial(rule, self))
 
-    def __call__(self, *arguments: Any) -> Tensors:
-        """Runs the layer: output and final states, maybe more, as a differentiable function of the arguments."""
+    def __call__(self, *arguments: Any, controls: tuple[Any, ...] = ()) -> Tensors:
+        """Runs the layer: its results, maybe more, as a differentiable function of the arguments."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             # Exported programs serve with and without grad: backward recomputes what was not saved.
-            return self.forward(*arguments, False)  # type: ignore[no-any-return]
+            return self.forward(*arguments, False, *controls)  # type: ignore[no-any-return]
         if torch.compiler.is_compiling():
             tensors = arguments[: self.floats]
             save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-            return self.forward(*arguments, save)  # type: ignore[no-any-return]
+            return self.forward(*arguments, save, *controls)  # type: ignore[no-any-return]
         if _is_forward_mode():
-            return self.definition(*arguments)
+            return self.definition(*arguments, *controls)
         if torch._C._are_functorch_transforms_active():
-            return _FastrnnLayer.apply(self, *arguments, True)  # type: ignore[no-any-return, no-untyped-call]
+            return _FastrnnLayer.apply(self, *arguments, True, *controls)  # type: ignore[no-any-return, no-untyped-call]
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return _FastrnnEagerLayer.apply(self, *arguments, True)  # type: ignore[no-any-return, no-untyped-call]
+            return _FastrnnEagerLayer.apply(self, *arguments, True, *controls)  # type: ignore[no-any-return, no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
-            return self.forward(*arguments, False)  # type: ignore[no-any-return]
+            return self.forward(*arguments, False, *controls)  # type: ignore[no-any-return]
 
-    def gradients(self, batch_sizes: Tensor | None, reverse: bool, *tensors: Tensor | None) -> Gradients:
+    def gradients(self, options: Sequence[Any], *tensors: Tensor | None) -> Gradients:
         """What backward computes, through the definition.
 
         Args:
-            batch_sizes: The argument of the operator.
-            reverse: The argument of the operator.
+            options: The arguments of the operator after the floating-point ones, without save.
             tensors: The gradients of the results, then the floating-point arguments.
         """
         grad_results, floats = tensors[: self.results], tensors[self.results :]
-        return _vjp(lambda *floats: self.definition(*floats, batch_sizes, reverse), floats, grad_results)
+        return _vjp(lambda *floats: self.definition(*floats, *options), floats, grad_results)
 
 
 _library = torch.library.Library("fastrnn", "IMPL")  # type: ignore[no-untyped-call]  # registrations end with it
@@ -100,10 +102,9 @@ def _is_forward_mode() -> bool:
 def _differentiable_forward(operator: Operator, *arguments: Any) -> Tensors:
     """What the operator does with autograd: called by torch.ops, and by graphs that hold it."""
     if _is_forward_mode() or torch._C._are_functorch_transforms_active():  # which refuse a Function inside an operator
-        *without_save, save = arguments
-        nothing = arguments[0].new_empty(0)
-        count = len(operator.forward._schema.returns) - operator.results
-        return *operator.definition(*without_save), *[nothing] * count
+        save = operator.floats + 2
+        results = operator.definition(*arguments[:save], *arguments[save + 1 :])
+        return *results, *[arguments[0].new_empty(0)] * operator.saved
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return _FastrnnLayer.apply(operator, *arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _FastrnnLayer.forward(operator, *arguments)
@@ -111,13 +112,19 @@ def _differentiable_forward(operator: Operator, *arguments: Any) -> Tensors:
 
 def _differentiable_backward(operator: Operator, *arguments: Any) -> Gradients:
     if _is_forward_mode():
-        tensors = operator.results + operator.floats
-        return operator.gradients(*arguments[tensors : tensors + 2], *arguments[:tensors])
+        return operator.gradients(*_options_and_tensors(operator, arguments))
     if torch._C._are_functorch_transforms_active() or (
         torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
     ):
         return _FastrnnGradient.apply(operator, *arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _FastrnnGradient.forward(operator, *arguments)
+
+
+def _options_and_tensors(operator: Operator, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What Operator.gradients takes, from the arguments of the operator's backward."""
+    tensors = operator.results + operator.floats
+    controls = tensors + 3 + operator.saved + 2
+    return [*arguments[tensors : tensors + 2], *arguments[controls:]], *arguments[:tensors]
 
 
 def _call_without_autocast(op: Any, device: str, *arguments: Any) -> Tensors:
@@ -141,21 +148,24 @@ class _FastrnnLayer(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        operator, *arguments, ctx.reverse, ctx.save = inputs
-        ctx.operator = operator
+        operator = ctx.operator = inputs[0]
+        end = operator.floats + 2
+        ctx.reverse, ctx.save, *controls = inputs[end:]
+        ctx.controls, tensors = _take_tensors(controls)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[operator.results :])
-        ctx.save_for_backward(*arguments, output[0], *output[operator.results :])
+        ctx.save_for_backward(*inputs[1:end], output[0], *output[operator.results :], *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_results: Tensor | None) -> Gradients:
         operator = ctx.operator
         first_state, end = operator.floats - operator.states, operator.floats + 1
         tensors = ctx.saved_tensors  # once: checkpointing recomputes at every look
-        arguments, (output, *saved) = tensors[:end], tensors[end:]
+        arguments, (output, *saved) = tensors[:end], tensors[end : end + 1 + operator.saved]
+        controls = _put_tensors(ctx.controls, tensors[end + 1 + operator.saved :])
         if not ctx.save:
-            output, *rest = operator.forward(*arguments, ctx.reverse, True)
-            saved = rest[operator.states :]
+            output, *rest = operator.forward(*arguments, ctx.reverse, True, *controls)
+            saved = rest[operator.results - 1 :]
         needed = ctx.needs_input_grad[1:]
         call = operator.backward if torch.compiler.is_compiling() else partial(_differentiable_backward, operator)
         gradients = call(
@@ -166,8 +176,25 @@ class _FastrnnLayer(torch.autograd.Function):
             *saved,
             needed[0],
             any(needed[1:first_state]),
+            *controls,
         )
-        return None, *(g if need else None for g, need in zip(gradients, needed, strict=False)), None, None, None
+        none = [None] * (3 + len(controls))
+        return None, *(g if need else None for g, need in zip(gradients, needed, strict=False)), *none
+
+
+# Controls that wait for backward: their tensors are left to autograd, which sees when one is changed in place.
+
+
+def _take_tensors(controls: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Tensor]]:
+    if not controls:
+        return (), ()
+    tensors = [control for control in controls if isinstance(control, Tensor)]
+    return [Tensor if isinstance(control, Tensor) else control for control in controls], tensors
+
+
+def _put_tensors(controls: Sequence[Any], tensors: Sequence[Tensor]) -> Sequence[Any]:
+    given = iter(tensors)
+    return [next(given) if control is Tensor else control for control in controls]
 
 
 class _FastrnnEagerLayer(torch.autograd.Function):
@@ -196,15 +223,17 @@ class _FastrnnGradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.operator, *arguments = inputs
         ctx.inputs = len(inputs)
-        tensors = ctx.operator.results + ctx.operator.floats + 1
-        ctx.reverse = arguments[tensors]
+        (batch_sizes, ctx.reverse, *controls), *tensors = _options_and_tensors(ctx.operator, arguments)
+        ctx.controls, control_tensors = _take_tensors(controls)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments[:tensors])
+        ctx.save_for_backward(*tensors, batch_sizes, *control_tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_gradients: Tensor | None) -> Gradients:
-        *tensors, batch_sizes = ctx.saved_tensors
-        second = _vjp(partial(ctx.operator.gradients, batch_sizes, ctx.reverse), tensors, grad_gradients)
+        count = ctx.operator.results + ctx.operator.floats
+        tensors, (batch_sizes, *rest) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        options = [batch_sizes, ctx.reverse, *_put_tensors(ctx.controls, rest)]
+        second = _vjp(partial(ctx.operator.gradients, options), tensors, grad_gradients)
         return None, *second, *[None] * (ctx.inputs - 1 - len(second))
 
 
@@ -232,7 +261,8 @@ def _vjp(
 def _batched_forward(operator: Operator, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:
     _refuse_mapped(operator.forward, in_dims, "batch_sizes", operator.floats)
     first_state, batch_sizes = operator.floats - operator.states, arguments[operator.floats]
-    if batch_sizes is not None or any(dim is not None for dim in in_dims[1:first_state]):
+    plain = not arguments[operator.floats + 3 :]  # a control has rows of its own
+    if batch_sizes is not None or not plain or any(dim is not None for dim in in_dims[1:first_state]):
         return _one_by_one(operator.forward, info, in_dims, arguments)
 
     # The members share their weights: they are rows of one batch. V members of B rows each.
@@ -245,14 +275,20 @@ def _batched_forward(operator: Operator, info: Any, in_dims: Sequence[int | None
     states = [fold(index, 0) for index in range(first_state, operator.floats)]
     results = operator.forward(fold(0, 1), *arguments[1:first_state], *states, *arguments[operator.floats :])
     members_and_rows = (info.batch_size, states[0].size(0) // info.batch_size)
-    output, *states = results[: operator.results]
+    output, *states = results[: 1 + operator.states]
+    empty = [t.expand(info.batch_size, 0) for t in results[1 + operator.states : operator.results]]
     saved = [
         t.unflatten(0, (-1, *members_and_rows)).movedim(1, 0).flatten(1, 2)  # (T*V*B, K) to (V, T*B, K)
         if t.dim() == 2
         else t.expand(info.batch_size, 0)
         for t in results[operator.results :]
     ]
-    unfolded = (output.unflatten(1, members_and_rows), *(s.unflatten(0, members_and_rows) for s in states), *saved)
+    unfolded = (
+        output.unflatten(1, members_and_rows),
+        *(s.unflatten(0, members_and_rows) for s in states),
+        *empty,
+        *saved,
+    )
     return unfolded, (1, *[0] * (len(results) - 1))
 
 

@@ -8,16 +8,56 @@ the operators run once per member. Autocast does not reach into them: they compu
 Letters: T time, B batch, I input, H hidden, P projection (P = H without one), N the sum of `batch_sizes`, G gates.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # a requirement of torch
 
 from . import _library, reference
 from .autograd import Operator
 
 _library.load()
+
+
+class Controls(TypedDict, total=False):
+    r"""What may happen to the states between two steps: keyword arguments of every layer, each None or 0 by default.
+
+    Before each step, where it says so, the states are set to zero; after it, some of them keep a share of what they
+    were; the recurrent product reads a masked h. Nothing of it is differentiable itself.
+
+    Attributes:
+        lengths: (B,) int64, on the device of the input, in any order, from 0 to T: row b takes part in the steps
+            t < lengths[b] alone. Its output past them is zero, and its final states are those at its true end, in
+            reverse at its beginning. For dense input.
+        reset: (T, B) bool, or packed (N,): where it is true the states before the step are zero.
+        h_mask: (B, H), or (B, P) with a projection, in the dtype of the input: multiplies h in the recurrent product at
+            every step, as variational dropout asks (Gal and Ghahramani, 2016).
+        zone_h: (T, B, H), packed (N, H), or (1,) for all, in the dtype of the input: the share k of zoneout,
+            ``h = k * h_before + (1 - k) * h`` (Krueger et al., 2017). Not with a projection, nor for the sLSTM.
+        grad_clip: The gradient that a step hands on to the states before it is clamped to [-grad_clip, grad_clip],
+            elementwise. 0: not at all.
+    """
+
+    lengths: Tensor | None
+    reset: Tensor | None
+    h_mask: Tensor | None
+    zone_h: Tensor | None
+    grad_clip: float
+
+
+class CellStateControls(Controls, total=False):
+    """As `Controls`, for layers with a cell state.
+
+    Attributes:
+        zone_c: As `zone_h`, for c. The h of the step comes from c before that. Not for the sLSTM.
+        return_cells: Whether to return c after every step, (T, B, H), as one more result. Not for the sLSTM.
+    """
+
+    zone_c: Tensor | None
+    return_cells: bool
 
 
 def rnn_layer(
@@ -31,6 +71,7 @@ def rnn_layer(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     nonlinearity: str = "tanh",
+    **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor]:
     r"""Runs one RNN layer in one direction over a sequence.
 
@@ -48,7 +89,8 @@ def rnn_layer(
         h0: Initial hidden state (B, H).
         batch_sizes: Packed layout: rows alive at each step, (T,) int64 on the CPU, not increasing.
         reverse: Run from t = T-1 down to 0; ``output[t]`` still belongs to ``input[t]``.
-        nonlinearity: ``"tanh"`` or ``"relu"``.
+        nonlinearity: ``"tanh"``, ``"relu"`` or ``"leaky_relu"`` with the slope 0.01.
+        controls: See `Controls`.
 
     Returns:
         ``output`` (T, B, H) or packed (N, H), and ``h_n`` (B, H).
@@ -61,10 +103,12 @@ def rnn_layer(
     reverse and in forward mode, in every floating-point tensor.
     The equation is that of `torch.nn.RNN`.
     """
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"fastrnn::rnn_layer: expected nonlinearity 'tanh' or 'relu', got {nonlinearity!r}")
-    operator = _RNN_TANH if nonlinearity == "tanh" else _RNN_RELU
-    output, h_n, *_ = operator(input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
+    if nonlinearity not in _RNN:
+        raise ValueError(
+            f"fastrnn::rnn_layer: expected nonlinearity 'tanh', 'relu' or 'leaky_relu', got {nonlinearity!r}"
+        )
+    arguments = (input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
+    output, h_n, *_ = _RNN[nonlinearity](*arguments, controls=_control_arguments("rnn_layer", controls, Controls))
     return output, h_n
 
 
@@ -78,6 +122,7 @@ def gru_layer(
     *,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
+    **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor]:
     r"""Runs one GRU layer in one direction over a sequence.
 
@@ -91,7 +136,8 @@ def gru_layer(
 
     The equation is that of `torch.nn.GRU`. Arguments, results and errors are those of `rnn_layer`, with G = 3.
     """
-    output, h_n, *_ = _GRU(input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
+    arguments = (input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
+    output, h_n, *_ = _GRU(*arguments, controls=_control_arguments("gru_layer", controls, Controls))
     return output, h_n
 
 
@@ -105,9 +151,12 @@ def lstm_layer(
     c0: Tensor,
     *,
     w_hr: Tensor | None = None,
+    coupled: bool = False,
+    w_peephole: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    **controls: Unpack[CellStateControls],
+) -> tuple[Tensor, ...]:
     r"""Runs one LSTM layer in one direction over a sequence.
 
     For t = 0..T-1, with ``i, f, g, o`` the four H-row blocks of ``input[t] @ w_ih.T + b_ih + h @ w_hh.T + b_hh``::
@@ -126,14 +175,85 @@ def lstm_layer(
         h0: (B, P).
         c0: Initial cell state (B, H).
         w_hr: Projection (P, H), or None.
+        coupled: Whether the input gate is 1 - f: ``f, g, o`` are the blocks, G = 3, and
+            ``c = sigmoid(f) * c + (1 - sigmoid(f)) * tanh(g)`` (Greff et al., "LSTM: a search space odyssey", 2017).
+        w_peephole: (3*H,), the blocks ``w_i, w_f, w_o``, or None: i and f are added ``w_i * c`` and ``w_f * c``, o is
+            added ``w_o * c`` of the new c (Gers et al., "Learning precise timing with LSTM recurrent networks", 2002).
         batch_sizes: (T,), or None.
         reverse: Run from the last step to the first.
+        controls: See `CellStateControls`.
 
     Returns:
-        ``output`` (T, B, P) or packed (N, P), ``h_n`` (B, P), ``c_n`` (B, H).
+        ``output`` (T, B, P) or packed (N, P), ``h_n`` (B, P), ``c_n`` (B, H); with `return_cells` also all c (T, B, H).
+
+    Raises:
+        ValueError: Where both `coupled` and `w_peephole` are given.
     """
-    output, h_n, c_n, *_ = _LSTM(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, batch_sizes, reverse)
+    if coupled and w_peephole is not None:
+        raise ValueError("fastrnn::lstm_layer: expected coupled=False where w_peephole is given, got True")
+    operator = _LSTM_COUPLED if coupled else _LSTM if w_peephole is None else _LSTM_PEEPHOLE
+    arguments = (input, w_ih, w_hh, b_ih, b_hh, w_hr, w_peephole, h0, c0, batch_sizes, reverse)
+    results = operator(*arguments, controls=_control_arguments("lstm_layer", controls, CellStateControls))
+    return results[: 4 if controls and controls.get("return_cells") else 3]
+
+
+def slstm_layer(
+    input: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    *,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    **controls: Unpack[Controls],
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Runs one sLSTM layer in one direction over a sequence.
+
+    For t = 0..T-1, with ``i, f, z, o`` the four H-row blocks of ``input[t] @ w_ih.T + b_ih + h @ w_hh.T + b_hh``::
+
+        m_next = max(log(sigmoid(f)) + m, i)          # i where n is 0: nothing has been stored
+        i, f = exp(i - m_next), exp(log(sigmoid(f)) + m - m_next)
+        c = f * c + i * tanh(z)
+        n = f * n + i
+        m = m_next
+        h = sigmoid(o) * c / n
+
+    m keeps the exponentials in range; c and n are relative to it, and it has no gradient.
+    The equation is that of the sLSTM of Beck et al., "xLSTM: extended long short-term memory", 2024, with the sigmoid
+    as forget gate and one head. Arguments and errors are those of `rnn_layer`, with G = 4, and `c0`, the initial c, n
+    and m, (3, B, H): zeros are a state in which nothing has been stored.
+
+    Returns:
+        ``output`` (T, B, H) or packed (N, H), ``h_n`` (B, H) and ``c_n`` (3, B, H).
+    """
+    arguments = (input, w_ih, w_hh, b_ih, b_hh, None, None, h0, c0, batch_sizes, reverse)
+    output, h_n, c_n, *_ = _SLSTM(*arguments, controls=_control_arguments("slstm_layer", controls, Controls))
     return output, h_n, c_n
+
+
+# The controls as the operators take them, in the order of their schemas.
+_CONTROLS = {
+    "lengths": None,
+    "reset": None,
+    "h_mask": None,
+    "zone_h": None,
+    "grad_clip": 0.0,
+    "zone_c": None,
+    "return_cells": False,
+}
+
+
+def _control_arguments(op: str, controls: Mapping[str, Any], allowed: Any) -> tuple[Any, ...]:
+    if not controls:
+        return ()
+    for name in controls:
+        if name not in allowed.__annotations__:
+            raise TypeError(f"{op}() got an unexpected keyword argument '{name}'")
+    values = [controls.get(name, default) for name, default in _CONTROLS.items() if name in allowed.__annotations__]
+    return tuple(values) if any(isinstance(value, Tensor) or value for value in values) else ()
 
 
 # Fake kernels: shapes alone.
@@ -156,25 +276,41 @@ def _empty_or_like(like: Tensor, shape: Sequence[int], wanted: bool) -> Tensor:
     return like.new_empty(tuple(shape) if wanted else (0,))
 
 
-def _lstm_layer_fake(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, batch_sizes, reverse, save):  # type: ignore[no-untyped-def]
-    output, h_n, c_n = _states_fake(input, w_hh, (h0, c0), batch_sizes)
-    n, hidden = _rows(input), w_hh.shape[0] // 4
-    saved_c = input.new_empty((n, hidden) if save else (0,), dtype=_acc_dtype(input.dtype))
-    return (
-        output,
-        h_n,
-        c_n,
-        _empty_or_like(input, (n, 4 * hidden), save),
-        saved_c,
-        _empty_or_like(input, (n, hidden), save and w_hr is not None),
-    )
+def _c_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor, ...]]:
+    def fake(  # type: ignore[no-untyped-def]
+        input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes, reverse, save, lengths=None, reset=None,
+        h_mask=None, zone_h=None, grad_clip=0.0, zone_c=None, return_cells=False,
+    ):  # fmt: skip
+        output, h_n, c_n = _states_fake(input, w_hh, (h0, c0), batch_sizes)
+        n, hidden = _rows(input), w_hh.shape[0] // gates
+        rows_of_c = n * (c0.shape[0] if c0.dim() == 3 else 1)
+        return (
+            output,
+            h_n,
+            c_n,
+            _empty_or_like(input, (*output.shape[:-1], hidden), return_cells),
+            _empty_or_like(input, (n, saved * hidden), save),
+            input.new_empty((rows_of_c, hidden) if save else (0,), dtype=_acc_dtype(input.dtype)),
+            _empty_or_like(input, (n, hidden), save and w_hr is not None),
+            _empty_or_like(input, (n, w_hh.shape[1]), save and h_mask is not None),
+        )
+
+    return fake
 
 
-def _one_state_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor, ...]]:
-    def fake(input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse, save):  # type: ignore[no-untyped-def]
+def _h_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor, ...]]:
+    def fake(  # type: ignore[no-untyped-def]
+        input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse, save, lengths=None, reset=None, h_mask=None,
+        zone_h=None, grad_clip=0.0,
+    ):  # fmt: skip
         output, h_n = _states_fake(input, w_hh, (h0,), batch_sizes)
-        columns = saved * (w_hh.shape[0] // gates)
-        return output, h_n, _empty_or_like(input, (_rows(input), columns), save and saved > 0)
+        n, hidden = _rows(input), w_hh.shape[0] // gates
+        return (
+            output,
+            h_n,
+            _empty_or_like(input, (n, saved * hidden), save and saved > 0),
+            _empty_or_like(input, (n, hidden), save and h_mask is not None),
+        )
 
     return fake
 
@@ -191,16 +327,16 @@ def _gradients_fake(
     )
 
 
-def _lstm_layer_backward_fake(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, batch_sizes, reverse, output,
-    saved_gates, saved_c, saved_m, need_input, need_weights,
+def _c_layer_backward_fake(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, grad_c_n, grad_cells, input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes,
+    reverse, output, saved_gates, saved_c, saved_m, h_in, need_input, need_weights, *controls,
 ):  # fmt: skip
-    return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh, w_hr), (h0, c0), need_input, need_weights)
+    return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell), (h0, c0), need_input, need_weights)
 
 
-def _one_state_layer_backward_fake(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse, output, saved_gates, need_input,
-    need_weights,
+def _h_layer_backward_fake(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse, output, saved_gates, h_in,
+    need_input, need_weights, *controls,
 ):  # fmt: skip
     return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh), (h0,), need_input, need_weights)
 
@@ -208,28 +344,57 @@ def _one_state_layer_backward_fake(  # type: ignore[no-untyped-def]
 # The operators.
 
 
-def _lstm_definition(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, batch_sizes, reverse):  # type: ignore[no-untyped-def]
-    return reference.lstm_layer(
-        input, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr=w_hr, batch_sizes=batch_sizes, reverse=reverse
-    )
+def _options(allowed: Any, batch_sizes: Tensor | None, reverse: bool, controls: Sequence[Any]) -> dict[str, Any]:
+    names = [name for name in _CONTROLS if name in allowed.__annotations__]
+    return {"batch_sizes": batch_sizes, "reverse": reverse} | dict(zip(names, controls, strict=False))
 
 
-def _one_state_operator(
-    name: str, saved: int, gates: int, layer: Callable[..., tuple[Tensor, Tensor]], **options: str
+def _h_operator(
+    name: str, saved: int, gates: int, layer: Callable[..., tuple[Tensor, Tensor]], **cell: Any
 ) -> Operator:
-    def definition(*arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, batch_sizes, reverse = arguments
-        return layer(*tensors, batch_sizes=batch_sizes, reverse=reverse, **options)
+    def definition(*arguments: Any) -> tuple[Tensor, ...]:
+        tensors, (batch_sizes, reverse, *controls) = arguments[:6], arguments[6:]
+        return layer(*tensors, **_options(Controls, batch_sizes, reverse, controls), **cell)
 
-    torch.library.register_fake(f"fastrnn::{name}", _one_state_layer_fake(saved, gates))
-    torch.library.register_fake(f"fastrnn::{name}_backward", _one_state_layer_backward_fake)
-    return Operator(name, floats=6, states=1, definition=definition)
+    torch.library.register_fake(f"fastrnn::{name}", _h_layer_fake(saved, gates))
+    torch.library.register_fake(f"fastrnn::{name}_backward", _h_layer_backward_fake)
+    return Operator(name, floats=6, states=1, results=2, definition=definition)
 
 
-_RNN_TANH = _one_state_operator("rnn_tanh_layer", 0, 1, reference.rnn_layer, nonlinearity="tanh")
-_RNN_RELU = _one_state_operator("rnn_relu_layer", 0, 1, reference.rnn_layer, nonlinearity="relu")
-_GRU = _one_state_operator("gru_layer", 4, 3, reference.gru_layer)
+def _c_operator(name: str, saved: int, gates: int, definition: Callable[..., tuple[Tensor, ...]]) -> Operator:
+    torch.library.register_fake(f"fastrnn::{name}", _c_layer_fake(saved, gates))
+    torch.library.register_fake(f"fastrnn::{name}_backward", _c_layer_backward_fake)
+    return Operator(name, floats=9, states=2, results=4, definition=definition)
 
-torch.library.register_fake("fastrnn::lstm_layer", _lstm_layer_fake)
-torch.library.register_fake("fastrnn::lstm_layer_backward", _lstm_layer_backward_fake)
-_LSTM = Operator("lstm_layer", floats=8, states=2, definition=_lstm_definition)
+
+def _lstm_definition(*arguments: Any, coupled: bool = False) -> tuple[Tensor, ...]:
+    input, w_ih, w_hh, b_ih, b_hh, w_hr, w_peephole, h0, c0, batch_sizes, reverse, *controls = arguments
+    options = _options(CellStateControls, batch_sizes, reverse, controls)
+    return_cells = options.pop("return_cells", False)
+    output, h_n, c_n, cells = reference.lstm_layer(
+        *(input, w_ih, w_hh, b_ih, b_hh, h0, c0),
+        coupled=coupled,
+        w_peephole=w_peephole,
+        return_cells=True,
+        w_hr=w_hr,
+        **options,
+    )
+    return output, h_n, c_n, cells if return_cells else cells.new_empty(0)
+
+
+def _slstm_definition(*arguments: Any) -> tuple[Tensor, ...]:
+    input, w_ih, w_hh, b_ih, b_hh, _, _, h0, c0, batch_sizes, reverse, *controls = arguments
+    options = _options(Controls, batch_sizes, reverse, controls)
+    results = reference.slstm_layer(input, w_ih, w_hh, b_ih, b_hh, h0, c0, **options)
+    return *results, input.new_empty(0)
+
+
+_RNN = {
+    nonlinearity: _h_operator(f"rnn_{nonlinearity}_layer", 0, 1, reference.rnn_layer, nonlinearity=nonlinearity)
+    for nonlinearity in ("tanh", "relu", "leaky_relu")
+}
+_GRU = _h_operator("gru_layer", 4, 3, reference.gru_layer)
+_LSTM = _c_operator("lstm_layer", 4, 4, _lstm_definition)
+_LSTM_COUPLED = _c_operator("lstm_coupled_layer", 3, 3, partial(_lstm_definition, coupled=True))
+_LSTM_PEEPHOLE = _c_operator("lstm_peephole_layer", 4, 4, _lstm_definition)
+_SLSTM = _c_operator("slstm_layer", 5, 4, _slstm_definition)

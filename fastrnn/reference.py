@@ -2,28 +2,31 @@
 """The definition: every cell in plain differentiable torch, and the loop over time that all of them share.
 
 The tests measure the kernels against these functions in float64, the benchmark uses them as a baseline, and
-derivatives of higher order are taken through them. `rnn_layer`, `gru_layer` and `lstm_layer` have the signatures of
-`fastrnn.ops`: one layer, one direction, no write into any argument, differentiable in every floating-point argument.
+derivatives of higher order are taken through them. The layers have the signatures of `fastrnn.ops`: one layer, one
+direction, no write into any argument, differentiable in every floating-point argument.
 
 Letters: T time, B batch, I input, H hidden, P projection, N the sum of `batch_sizes`, G gates per cell.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, logsigmoid
 
 # A cell takes the gates' share of the input (*, G*H), their share of the hidden state (*, G*H) and the states, each
 # (*, H). It returns the next states, h first.
 States = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, States], States]
 
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "leaky_relu": torch.nn.functional.leaky_relu}
+
 
 def rnn_cell(gx: Tensor, gh: Tensor, states: States, nonlinearity: str = "tanh") -> States:
-    """Computes h' = tanh(gx + gh), or relu(gx + gh)."""
-    return ({"tanh": torch.tanh, "relu": torch.relu}[nonlinearity](gx + gh),)
+    """Computes h' = tanh(gx + gh), or relu, or leaky_relu with the slope 0.01."""
+    return (_ACTIVATIONS[nonlinearity](gx + gh),)
 
 
 def gru_gates(gx: Tensor, gh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,6 +59,64 @@ def lstm_cell(gx: Tensor, gh: Tensor, states: States) -> States:
     return o * torch.tanh(c), c
 
 
+def coupled_lstm_cell(gx: Tensor, gh: Tensor, states: States) -> States:
+    """Computes the LSTM with i = 1 - f: three gates f, g, o (Greff et al., 2017)."""
+    _, c = states
+    f, g, o = (gx + gh).chunk(3, -1)
+    f = torch.sigmoid(f)
+    c = f * c + (1 - f) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def peephole_lstm_cell(gx: Tensor, gh: Tensor, states: States, w_peephole: Tensor) -> States:
+    """Computes the LSTM whose gates see c: i and f see w_i c and w_f c, o sees w_o c' (Gers et al., 2002)."""
+    _, c = states
+    w_i, w_f, w_o = w_peephole.chunk(3)
+    i, f, g, o = (gx + gh).chunk(4, -1)
+    c = torch.sigmoid(f + w_f * c) * c + torch.sigmoid(i + w_i * c) * torch.tanh(g)
+    return torch.sigmoid(o + w_o * c) * torch.tanh(c), c
+
+
+def slstm_cell(gx: Tensor, gh: Tensor, states: States) -> States:
+    """Computes the sLSTM (Beck et al., 2024): m' = max(log f + m, i); c' = f c + i z; n' = f n + i; h' = o c' / n'.
+
+    Here i and f are exponentials relative to m', which keeps them in range and has no gradient; f is a sigmoid before.
+    Where n is 0, nothing has been stored: m' is i.
+    """
+    _, c, n, m = states
+    i, f, z, o = (gx + gh).chunk(4, -1)
+    log_f = logsigmoid(f)
+    stored = n.detach() > 0
+    m_next = torch.where(stored, torch.maximum(log_f + m, i), i).detach()
+    kept = torch.exp(torch.where(stored, log_f + m.detach() - m_next, -torch.inf))
+    i = torch.exp(i - m_next)
+    c = kept * c + i * torch.tanh(z)
+    n = kept * n + i
+    return torch.sigmoid(o) * c / n, c, n, m_next
+
+
+class _ClipGradient(torch.autograd.Function):
+    """The identity, with a gradient clamped to [-most, most]."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, most: float) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.most = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.clamp(-ctx.most, ctx.most), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.clone()
+
+
 def _run(
     cell: Cell,
     input: Tensor,
@@ -64,30 +125,62 @@ def _run(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     states: States,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, States]:
-    """Steps a cell through time. Returns the output of every step and the states after the last one."""
-    x_gates = input if w_ih is None else linear(input, w_ih, b_ih)
-    steps: Sequence[Tensor] = x_gates.unbind() if batch_sizes is None else torch.split(x_gates, batch_sizes.tolist())
+    *,
+    w_hr: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zone_h: Tensor | None = None,
+    grad_clip: float = 0.0,
+    zone_c: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, States]:
+    """Steps a cell through time. Returns h and c (if there is one) after every step, and the states after the last."""
+
+    def steps_of(rows: Tensor) -> Sequence[Tensor]:
+        return rows.unbind() if batch_sizes is None else torch.split(rows, batch_sizes.tolist())
+
+    x_gates = steps_of(input if w_ih is None else linear(input, w_ih, b_ih))
+    resets = None if reset is None else steps_of(reset)
+    zones = [None if z is None else [z] * len(x_gates) if z.dim() == 1 else steps_of(z) for z in (zone_h, zone_c)]
     outputs: list[Tensor] = []
-    for gx in reversed(steps) if reverse else steps:
+    cells: list[Tensor] = []
+    times = range(len(x_gates))
+    for t in reversed(times) if reverse else times:
+        gx = x_gates[t]
         # Rows are sorted by length: the first ones are active. The others have ended or, in reverse, not begun.
         active = tuple(state[: len(gx)] for state in states)
-        h, *rest = cell(gx, linear(active[0], w_hh, b_hh), active)
+        if resets is not None:
+            active = tuple(torch.where(resets[t].unsqueeze(1), 0, state) for state in active)
+        if grad_clip > 0:
+            active = tuple(_ClipGradient.apply(state, grad_clip) for state in active)  # type: ignore[no-untyped-call]
+        h = active[0] if h_mask is None else active[0] * h_mask[: len(gx)]
+        new = list(cell(gx, linear(h, w_hh, b_hh), active))
         if w_hr is not None:
-            h = linear(h, w_hr)
-        outputs.append(h)
-        states = (h, *rest) if len(h) == len(states[0]) else _replace_first_rows(states, (h, *rest))
+            new[0] = linear(new[0], w_hr)
+        for k, zone in enumerate(zones):
+            if zone is not None:
+                new[k] = zone[t] * active[k] + (1 - zone[t]) * new[k]
+        if lengths is not None:
+            alive = (t < lengths).unsqueeze(1)
+            outputs.append(torch.where(alive, new[0], 0))
+            cells += [torch.where(alive, c, 0) for c in new[1:2]]
+            states = tuple(torch.where(alive, after, before) for after, before in zip(new, states, strict=True))
+            continue
+        outputs.append(new[0])
+        cells += new[1:2]
+        states = tuple(new) if len(gx) == len(states[0]) else _replace_first_rows(states, new)
     if not outputs:
-        return x_gates.new_empty(*x_gates.shape[:-1], states[0].shape[-1]), states
+        return input.new_empty(*input.shape[:-1], states[0].shape[-1]), None, states
     if reverse:
         outputs.reverse()
-    return (torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)), states
+        cells.reverse()
+    join = torch.stack if batch_sizes is None else torch.cat
+    return join(outputs), join(cells) if cells else None, states
 
 
-def _replace_first_rows(states: States, rows: States) -> States:
+def _replace_first_rows(states: States, rows: Sequence[Tensor]) -> States:
     return tuple(torch.cat([new, state[len(new) :]]) for state, new in zip(states, rows, strict=True))
 
 
@@ -99,9 +192,8 @@ def rnn_layer(
     b_hh: Tensor | None,
     h0: Tensor,
     *,
-    batch_sizes: Tensor | None = None,
-    reverse: bool = False,
     nonlinearity: str = "tanh",
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Runs one direction of one RNN layer; see `lstm_layer` for the arguments.
 
@@ -109,7 +201,7 @@ def rnn_layer(
         output (T, B, H), or packed (N, H), and h_n (B, H).
     """
     cell = partial(rnn_cell, nonlinearity=nonlinearity)
-    output, (h_n,) = _run(cell, input, w_ih, w_hh, b_ih, b_hh, (h0,), None, batch_sizes, reverse)
+    output, _, (h_n,) = _run(cell, input, w_ih, w_hh, b_ih, b_hh, (h0,), **options)
     return output, h_n
 
 
@@ -120,16 +212,14 @@ def gru_layer(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     h0: Tensor,
-    *,
-    batch_sizes: Tensor | None = None,
-    reverse: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Runs one direction of one GRU layer; see `lstm_layer` for the arguments.
 
     Returns:
         output (T, B, H), or packed (N, H), and h_n (B, H).
     """
-    output, (h_n,) = _run(gru_cell, input, w_ih, w_hh, b_ih, b_hh, (h0,), None, batch_sizes, reverse)
+    output, _, (h_n,) = _run(gru_cell, input, w_ih, w_hh, b_ih, b_hh, (h0,), **options)
     return output, h_n
 
 
@@ -142,10 +232,11 @@ def lstm_layer(
     h0: Tensor,
     c0: Tensor,
     *,
-    w_hr: Tensor | None = None,
-    batch_sizes: Tensor | None = None,
-    reverse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    coupled: bool = False,
+    w_peephole: Tensor | None = None,
+    return_cells: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
     """Runs one direction of one LSTM layer.
 
     Args:
@@ -156,12 +247,49 @@ def lstm_layer(
         b_hh: (G*H,), or None.
         h0: (B, H), or (B, P) with a projection.
         c0: (B, H).
-        w_hr: the projection (P, H), or None.
-        batch_sizes: for packed input, the number of sequences that reach each step: (T,), int64, not increasing.
-        reverse: step from the last time to the first.
+        coupled: Whether the cell is `coupled_lstm_cell`: G = 3.
+        w_peephole: (3*H,): the cell is `peephole_lstm_cell`. Or None.
+        return_cells: Whether to return c after every step.
+        options: ``w_hr``, the projection (P, H); ``batch_sizes``, for packed input the number of sequences that reach
+            each step, (T,), int64, not increasing; ``reverse``, to step from the last time to the first; and the
+            controls of `fastrnn.ops.Controls`.
 
     Returns:
-        output (T, B, H or P), or packed (N, H or P), h_n (B, H or P) and c_n (B, H).
+        output (T, B, H or P), or packed (N, H or P), h_n (B, H or P) and c_n (B, H); c (T, B, H) with `return_cells`.
     """
-    output, (h_n, c_n) = _run(lstm_cell, input, w_ih, w_hh, b_ih, b_hh, (h0, c0), w_hr, batch_sizes, reverse)
-    return output, h_n, c_n
+    cell: Cell = lstm_cell if w_peephole is None else partial(peephole_lstm_cell, w_peephole=w_peephole)
+    cell = coupled_lstm_cell if coupled else cell
+    output, cells, (h_n, c_n) = _run(cell, input, w_ih, w_hh, b_ih, b_hh, (h0, c0), **options)
+    if not return_cells:
+        return output, h_n, c_n
+    return output, h_n, c_n, c_n.new_empty(*output.shape[:-1], c_n.shape[-1]) if cells is None else cells
+
+
+def slstm_layer(
+    input: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs one direction of one sLSTM layer; see `lstm_layer` for the arguments.
+
+    Args:
+        input: (T, B, I), or packed (N, I).
+        w_ih: (4*H, I), or None.
+        w_hh: (4*H, H).
+        b_ih: (4*H,), or None.
+        b_hh: (4*H,), or None.
+        h0: (B, H).
+        c0: The states c, n and m: (3, B, H).
+        options: As of `lstm_layer`.
+
+    Returns:
+        output (T, B, H), or packed (N, H), h_n (B, H) and c_n (3, B, H).
+    """
+    states = (h0, *c0.unbind())
+    output, _, (h_n, *others) = _run(slstm_cell, input, w_ih, w_hh, b_ih, b_hh, states, **options)
+    return output, h_n, torch.stack(others)

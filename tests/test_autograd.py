@@ -240,8 +240,8 @@ def test_dual_tensors(direct, device):
     def run(namespace, input):
         if namespace is ops and direct:
             a = arguments | {"input": input}
-            order = ("input", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h0", "c0")
-            return torch.ops.fastrnn.lstm_layer(*(a[name] for name in order), None, False, False)[0]
+            order = ("input", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "w_cell", "h0", "c0")
+            return torch.ops.fastrnn.lstm_layer(*(a.get(name) for name in order), None, False, False)[0]
         return case.call(namespace, arguments | {"input": input})["output"]
 
     results = []

@@ -14,11 +14,13 @@ template <typename T>
 struct GruCell {
   static constexpr int kGates = 3;                // r, z, n
   static constexpr int kStates = 1;               // h
+  static constexpr int kParameters = 0;           // beside weights and biases
   static constexpr int kSaved = 4;                // r, z, n after their activations, and gh_n
   static constexpr bool kGateGradsDiffer = true;  // d_gh_n = r d_gx_n
 
   FASTRNN_HD static void forward(const Values<T, kGates>& gx, const Values<T, kGates>& gh,
-                                 const Values<T, kStates>& prev, Values<T, kStates>& next, Values<T, kSaved>& saved) {
+                                 const Values<T, kParameters>& /*w*/, const Values<T, kStates>& prev,
+                                 Values<T, kStates>& next, Values<T, kSaved>& saved) {
     const T r = sigmoid(gx[0] + gh[0]);
     const T z = sigmoid(gx[1] + gh[1]);
     const T n = tanh(gx[2] + r * gh[2]);
@@ -30,9 +32,10 @@ struct GruCell {
   }
 
   // d_prev[0] is the direct way, through z h.
-  FASTRNN_HD static void backward(const Values<T, kSaved>& saved, const Values<T, kStates>& prev,
-                                  const Values<T, kStates>& /*next*/, const Values<T, kStates>& d_next,
-                                  Values<T, kStates>& d_prev, Values<T, kGates>& d_gx, Values<T, kGates>& d_gh) {
+  FASTRNN_HD static void backward(const Values<T, kParameters>& /*w*/, const Values<T, kSaved>& saved,
+                                  const Values<T, kStates>& prev, const Values<T, kStates>& /*next*/,
+                                  const Values<T, kStates>& d_next, Values<T, kStates>& d_prev, Values<T, kGates>& d_gx,
+                                  Values<T, kGates>& d_gh) {
     const T r = saved[0], z = saved[1], n = saved[2], gh_n = saved[3];
     const T d_n = d_next[0] * (1.0f - z) * tanh_grad(n);
     d_gx[0] = d_gh[0] = d_n * gh_n * sigmoid_grad(r);

@@ -4,8 +4,9 @@
 //   h' = activation(W_ih x + b_ih + W_hh h + b_hh)
 //
 // A cell takes values and gives values: no pointer, no storage type, no loop over units. It sees the input gates
-// gx = W_ih x + b_ih and the hidden gates gh = W_hh h + b_hh apart. A cell that needs a matrix product between its
-// gates (the GRU that resets before the product) does not fit this interface.
+// gx = W_ih x + b_ih and the hidden gates gh = W_hh h + b_hh apart, and w, its parameters beside the weights: one
+// value of each per unit. A cell that needs a matrix product between its gates (the GRU that resets before the product)
+// does not fit this interface.
 #pragma once
 
 #include "math.h"
@@ -34,24 +35,40 @@ struct Relu {
   }
 };
 
+// max(x, 0.01 x): the slope of torch.nn.LeakyReLU.
+struct LeakyRelu {
+  template <typename T>
+  static constexpr auto kSlope = static_cast<typename ValueTraits<T>::Scalar>(0.01);
+  template <typename T>
+  FASTRNN_HD static T value(T x) {
+    return x < 0.0f ? x * kSlope<T> : x;
+  }
+  template <typename T>
+  FASTRNN_HD static T grad(T y) {
+    return y > 0.0f ? broadcast<T>(1.0f) : broadcast<T>(kSlope<T>);
+  }
+};
+
 template <typename T, class Activation>
 struct RnnCell {
   static constexpr int kGates = 1;
   static constexpr int kStates = 1;                // h
+  static constexpr int kParameters = 0;            // beside weights and biases
   static constexpr int kSaved = 0;                 // backward needs h' alone
   static constexpr bool kGateGradsDiffer = false;  // d_gx == d_gh
 
   FASTRNN_HD static void forward(const Values<T, kGates>& gx, const Values<T, kGates>& gh,
-                                 const Values<T, kStates>& /*prev*/, Values<T, kStates>& next,
-                                 Values<T, kSaved>& /*saved*/) {
+                                 const Values<T, kParameters>& /*w*/, const Values<T, kStates>& /*prev*/,
+                                 Values<T, kStates>& next, Values<T, kSaved>& /*saved*/) {
     next[0] = Activation::value(gx[0] + gh[0]);
   }
 
   // d_next: gradient of every state after the step, summed over its uses. d_prev leaves out the way through
   // W_hh, which is a matrix product: the kernels add it.
-  FASTRNN_HD static void backward(const Values<T, kSaved>& /*saved*/, const Values<T, kStates>& /*prev*/,
-                                  const Values<T, kStates>& next, const Values<T, kStates>& d_next,
-                                  Values<T, kStates>& d_prev, Values<T, kGates>& d_gx, Values<T, kGates>& d_gh) {
+  FASTRNN_HD static void backward(const Values<T, kParameters>& /*w*/, const Values<T, kSaved>& /*saved*/,
+                                  const Values<T, kStates>& /*prev*/, const Values<T, kStates>& next,
+                                  const Values<T, kStates>& d_next, Values<T, kStates>& d_prev, Values<T, kGates>& d_gx,
+                                  Values<T, kGates>& d_gh) {
     d_gx[0] = d_next[0] * Activation::grad(next[0]);
     d_gh[0] = d_gx[0];
     d_prev[0] = T{};
@@ -62,5 +79,7 @@ template <typename T>
 using RnnTanhCell = RnnCell<T, Tanh>;
 template <typename T>
 using RnnReluCell = RnnCell<T, Relu>;
+template <typename T>
+using RnnLeakyReluCell = RnnCell<T, LeakyRelu>;
 
 }  // namespace fastrnn

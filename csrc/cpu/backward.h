@@ -74,7 +74,10 @@ class Backward {
   void run_part(const Part& part, const Barrier& barrier) const {
     // A row takes up the gradients of its final states at its last step: they are what is carried into it.
     set_columns(p_.d_h0, p_.d_h_n, p_.P, part, p_.w_hr ? Panel::panels(p_.P) : part.panel_end);
-    if constexpr (Cell::kStates == 2) set_columns(p_.d_c0, p_.d_c_n, p_.H, part, part.panel_end);
+    for (int k = 0; k < Cell::kStates - 1; ++k) {
+      const int64_t first = k * p_.B * p_.H;
+      set_columns(p_.d_c0 + first, p_.d_c_n ? p_.d_c_n + first : nullptr, p_.H, part, part.panel_end);
+    }
 
     for (int64_t s = p_.steps.T - 1; s >= 0; --s) {
       const int64_t end = std::clamp(p_.steps.count(s), part.row_begin, part.row_end);
@@ -107,7 +110,13 @@ class Backward {
         for_each_tile(started, end, kRows, [&](int64_t b, int count) {
           alignas(64) Tile d_h;
           rows_times(hh_, panel, p_.d_h_gates, first_row + b, count, d_h);
-          add_tile(panel, d_h, count, p_.d_h0 + b * p_.P);
+          for (int r = 0; r < count; ++r) {
+            T* d_h0 = p_.d_h0 + p_.steps.state(b + r) * p_.P;
+            const int64_t j0 = panel * Panel::kBlock;
+            for_each_vector<T>(j0, j0 + Panel::kBlock, p_.P, [&](int64_t j, auto lanes) {
+              store(d_h0 + j, through_step(s, b + r, j, d_h + r * Panel::kColumns - j0, lanes), lanes);
+            });
+          }
         });
       }
     }
@@ -121,8 +130,8 @@ class Backward {
       for (int k = 0; k < Cell::kSaved; ++k) {
         prefetch(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, width, false);
       }
-      if (Cell::kStates == 2) prefetch(p_.saved_c + row * p_.H + j, width, false);
-      if (p_.d_output && !p_.w_hr) prefetch(p_.d_output + row * p_.P + j, width, false);
+      if (Cell::kStates > 1) prefetch(p_.saved_c + row * p_.H + j, width, false);
+      if (p_.d_output && !p_.w_hr) prefetch(p_.d_output + p_.steps.place(s, b + r) * p_.P + j, width, false);
       for (int g = 0; g < Cell::kGates; ++g) {
         prefetch(p_.d_x_gates + (row * Cell::kGates + g) * p_.H + j, width, true);
         if (Cell::kGateGradsDiffer) prefetch(p_.d_h_gates + (row * Cell::kGates + g) * p_.H + j, width, true);
@@ -143,31 +152,34 @@ class Backward {
     }
   }
 
-  void add_tile(int64_t panel, const T* tile, int count, T* to) const {  // to: [count, P]
-    const int64_t j0 = panel * Panel::kBlock;
-    for (int r = 0; r < count; ++r) {
-      for (int64_t j = j0; j < std::min<int64_t>(p_.P, j0 + Panel::kBlock); ++j) {
-        to[r * p_.P + j] += tile[r * Panel::kColumns + j - j0];
-      }
-    }
+  // The gradient that leaves the s-th step of position b for h before it: through the product and beside it.
+  template <typename Lanes>
+  FASTRNN_HD V through_step(int64_t s, int64_t b, int64_t j, const T* product, Lanes lanes) const {
+    const Controls<T>& c = p_.controls;
+    const int64_t state = p_.steps.state(b);
+    if (c.reset && c.reset[p_.steps.place(s, b)]) return V{};
+    V d_product = load(product + j);
+    if (c.h_mask) d_product *= load(c.h_mask + state * p_.P + j, lanes);
+    return clipped(d_product + load(p_.d_h0 + state * p_.P + j, lanes));
   }
 
-  // d_h of the rows [b, b + count) at step s: of the output, carried, and through W_hh if a step follows.
+  FASTRNN_HD V clipped(V gradient) const {
+    const T most = static_cast<T>(p_.controls.grad_clip);
+    if (most == 0) return gradient;
+    gradient = gradient > most ? broadcast<V>(most) : gradient;
+    return gradient < -most ? broadcast<V>(-most) : gradient;
+  }
+
+  // d_h of the positions [b, b + count) at step s: of the output, and of the following step or of h_n.
   void output_gradient(int64_t panel, int64_t s, int64_t b, int count, bool following, T* d_h) const {
-    if (following) {
-      const int64_t next = p_.steps.row_begin[p_.steps.time(s + 1)];
-      rows_times(hh_, panel, p_.d_h_gates, next + b, count, d_h);
-    } else {
-      std::fill(d_h, d_h + count * Panel::kColumns, T(0));
-    }
-    const int64_t row = p_.steps.row_begin[p_.steps.time(s)] + b;
+    if (following) rows_times(hh_, panel, p_.d_h_gates, p_.steps.row(s + 1, b), count, d_h);
     for (int r = 0; r < count; ++r) {
-      const int64_t j0 = panel * Panel::kBlock;
+      const int64_t j0 = panel * Panel::kBlock, state = p_.steps.state(b + r), place = p_.steps.place(s, b + r);
+      T* product = d_h + r * Panel::kColumns - j0;
       for_each_vector<T>(j0, j0 + Panel::kBlock, p_.P, [&](int64_t j, auto lanes) FASTRNN_INLINE {
-        T* at = d_h + r * Panel::kColumns + j - j0;
-        V sum = load(at) + load(p_.d_h0 + (b + r) * p_.P + j, lanes);
-        if (p_.d_output) sum += load(p_.d_output + (row + r) * p_.P + j, lanes);
-        store(at, sum);
+        V sum = following ? through_step(s + 1, b + r, j, product, lanes) : load(p_.d_h0 + state * p_.P + j, lanes);
+        if (p_.d_output) sum += load(p_.d_output + place * p_.P + j, lanes);
+        store(product + j, sum);
       });
     }
   }
@@ -184,7 +196,7 @@ class Backward {
         for (int r = 0; r < count; ++r) {
           const T* from = d_h + r * Panel::kColumns;
           std::copy(from, from + width, p_.d_projected + (first_row + b + r) * p_.P + j0);
-          std::fill_n(p_.d_h0 + (b + r) * p_.P + j0, width, T(0));
+          std::fill_n(p_.d_h0 + p_.steps.state(b + r) * p_.P + j0, width, T(0));
         }
       });
     };
@@ -192,47 +204,65 @@ class Backward {
     tiles(going_on, row_end, false);
   }
 
-  // The cell, for one row and the units of one panel.
+  // The cell, for one position and the units of one panel.
   void update(int64_t panel, int64_t s, int64_t b, const T* d_h) const {
-    const int64_t row = p_.steps.row_begin[p_.steps.time(s)] + b;
-    const bool first = b >= p_.steps.count(s - 1);  // the row's first step
-    const int64_t row_before = first ? b : p_.steps.row_begin[p_.steps.time(s - 1)] + b;
+    const Controls<T>& controls = p_.controls;
+    const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), state = p_.steps.state(b);
+    const bool reset = controls.reset && controls.reset[place];
+    const bool first = b >= p_.steps.count(s - 1);  // the position's first step
+    const T* h_before = first ? p_.h0 + state * p_.P : p_.output + p_.steps.place(s - 1, b) * p_.P;
+    const T* c_before = first ? p_.c0 + state * p_.H : p_.saved_c + p_.steps.row(s - 1, b) * p_.H;
+    const int64_t c_before_stride = (first ? p_.B : p_.N) * p_.H;
     const int64_t j0 = panel * Panel::kBlock;
     for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kSaved> saved;
       for (int k = 0; k < Cell::kSaved; ++k) {
         saved[k] = load(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, lanes);
       }
+      Values<V, Cell::kParameters> w;
+      for (int k = 0; k < Cell::kParameters; ++k) w[k] = load(p_.w_cell + k * p_.H + j, lanes);
       Values<V, Cell::kStates> prev, next, d_next, d_prev;
-      prev[0] = p_.w_hr ? V{} : load((first ? p_.h0 : p_.output) + row_before * p_.P + j, lanes);
-      next[0] = p_.w_hr ? V{} : load(p_.output + row * p_.P + j, lanes);
+      prev[0] = p_.w_hr || reset ? V{} : load(h_before + j, lanes);
+      next[0] = p_.w_hr ? V{} : load(p_.output + place * p_.P + j, lanes);
       d_next[0] = load(d_h + j - j0);
-      if constexpr (Cell::kStates == 2) {
-        prev[1] = load((first ? p_.c0 : p_.saved_c) + row_before * p_.H + j, lanes);
-        next[1] = load(p_.saved_c + row * p_.H + j, lanes);
-        d_next[1] = load(p_.d_c0 + b * p_.H + j, lanes);
+      for (int k = 1; k < Cell::kStates; ++k) {
+        prev[k] = reset ? V{} : load(c_before + (k - 1) * c_before_stride + j, lanes);
+        next[k] = load(p_.saved_c + ((k - 1) * p_.N + row) * p_.H + j, lanes);
+        d_next[k] = load(p_.d_c0 + ((k - 1) * p_.B + state) * p_.H + j, lanes);
+      }
+      if (Cell::kStates > 1 && p_.d_cells) d_next[1] += load(p_.d_cells + place * p_.H + j, lanes);
+      ZoneBackward<Cell, V> zone{};
+      for (int k = 0; k < std::min(Cell::kStates, kZonedStates); ++k) {
+        if (!controls.zone[k]) continue;
+        zone.before_cell(k, zone_share(controls, k, place * p_.H + j, lanes), saved, prev, next, d_next);
       }
       Values<V, Cell::kGates> d_gx, d_gh;
-      Cell::backward(saved, prev, next, d_next, d_prev, d_gx, d_gh);
+      Cell::backward(w, saved, prev, next, d_next, d_prev, d_gx, d_gh);
+      for (int k = 0; k < std::min(Cell::kStates, kZonedStates); ++k) {
+        if (controls.zone[k]) d_prev[k] += zone.kept[k];
+      }
       for (int g = 0; g < Cell::kGates; ++g) {
         const int64_t at = (row * Cell::kGates + g) * p_.H + j;
         store(p_.d_x_gates + at, d_gx[g], lanes);
         if constexpr (Cell::kGateGradsDiffer) store(p_.d_h_gates + at, d_gh[g], lanes);
       }
-      if (!p_.w_hr) store(p_.d_h0 + b * p_.P + j, d_prev[0], lanes);
-      if constexpr (Cell::kStates == 2) store(p_.d_c0 + b * p_.H + j, d_prev[1], lanes);
+      if (!p_.w_hr) store(p_.d_h0 + state * p_.P + j, d_prev[0], lanes);
+      for (int k = 1; k < Cell::kStates; ++k) {
+        store(p_.d_c0 + ((k - 1) * p_.B + state) * p_.H + j, reset ? V{} : clipped(d_prev[k]), lanes);
+      }
     });
   }
 
   // to [B, width] = from, or zero: the part's rows, and the columns of its panels.
-  static void set_columns(T* to, const T* from, int64_t width, const Part& part, int64_t panel_end) {
+  void set_columns(T* to, const T* from, int64_t width, const Part& part, int64_t panel_end) const {
     const int64_t j0 = std::min(width, part.panel_begin * Panel::kBlock);
     const int64_t j1 = std::min(width, panel_end * Panel::kBlock);
     for (int64_t b = part.row_begin; b < part.row_end; ++b) {
+      const int64_t first = p_.steps.state(b) * width;
       if (from) {
-        std::copy(from + b * width + j0, from + b * width + j1, to + b * width + j0);
+        std::copy(from + first + j0, from + first + j1, to + first + j0);
       } else {
-        std::fill(to + b * width + j0, to + b * width + j1, T(0));
+        std::fill(to + first + j0, to + first + j1, T(0));
       }
     }
   }

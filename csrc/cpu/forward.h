@@ -29,6 +29,11 @@ class Forward {
   void run() {
     pack();
     if (p_.w_hr) m_ = Buffer<S>(p_.B * p_.H);
+    if (p_.controls.reset) {
+      zeros_ = Buffer<S>(p_.P);
+      std::fill_n(zeros_.get(), p_.P, S{});
+    }
+    if (p_.h_in) mask_h0();
     if (plan_.split == Split::units) {
       lanes_.emplace_back(*this, 0, p_.B, plan_.threads);
       Team team(plan_.threads);
@@ -62,7 +67,9 @@ class Forward {
       for (int64_t s = 0; s < p.steps.T; ++s) {
         const int64_t t = p.steps.time(s);
         const S* first = p.input + (p.input_stride_t ? t * p.input_stride_t : p.steps.row_begin[t] * p.input_stride);
-        for (int64_t b = begin; b < std::min(end, p.steps.count(s)); ++b) input.push_back(first + b * p.input_stride);
+        for (int64_t b = begin; b < std::min(end, p.steps.count(s)); ++b) {
+          input.push_back(first + p.steps.state(b) * p.input_stride);
+        }
       }
       const int64_t step_bytes = (end - begin) * f.panels_ * Gates::kColumns * static_cast<int64_t>(sizeof(T));
       chunk_steps = std::clamp<int64_t>(threads * kChunkBytes / std::max<int64_t>(1, step_bytes), 1,
@@ -79,7 +86,12 @@ class Forward {
   void run_lane(const Lane& lane, int64_t panel_begin, int64_t panel_end, const Barrier& barrier) const {
     const std::pair<int64_t, int64_t> units(std::min(p_.H, panel_begin * Gates::kBlock),
                                             std::min(p_.H, panel_end * Gates::kBlock));
-    if constexpr (Cell::kStates == 2) copy_columns(p_.c0, p_.c_n, p_.H, lane.begin, lane.end, units);
+    for (int k = 0; k < Cell::kStates - 1; ++k) {
+      for (int64_t b = lane.begin; b < lane.end; ++b) {
+        const int64_t row = k * p_.B + p_.steps.state(b);
+        copy_columns(p_.c0 + row * p_.H, p_.c_n + row * p_.H, units);
+      }
+    }
 
     int64_t done = 0;  // rows of the lane before this step
     Chunk chunk{};
@@ -94,29 +106,49 @@ class Forward {
       const int64_t count = lane.count(p_.steps, s);
       const int64_t in_chunk = lane.input.data() + done - chunk.input;
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) step(lane, s, panel, in_chunk, chunk);
-      if (p_.w_hr) project(lane.begin, lane.begin + count, p_.steps.row_begin[p_.steps.time(s)]);
+      if (p_.w_hr) project(s, lane.begin, lane.begin + count);
       done += count;
       barrier(s + 1);
     }
     copy_h_n(lane, p_.w_hr ? std::pair<int64_t, int64_t>(0, p_.P) : units);
   }
 
-  // Row b ends with the last step that it has a part in; a row without a step keeps h0.
+  // Position b ends with the last step that it has a part in; one without a step keeps h0.
   void copy_h_n(const Lane& lane, std::pair<int64_t, int64_t> units) const {
-    copy_columns(p_.h0, p_.h_n, p_.P, lane.begin, lane.end, units);
+    for (int64_t b = lane.begin; b < lane.end; ++b) {
+      const int64_t state = p_.steps.state(b);
+      copy_columns(p_.h0 + state * p_.P, p_.h_n + state * p_.P, units);
+    }
     for (int64_t s = 0; s < p_.steps.T; ++s) {
       const int64_t ended = std::max(lane.begin, p_.steps.count(s + 1));
-      const S* h = p_.output + p_.steps.row_begin[p_.steps.time(s)] * p_.P;
-      copy_columns(h, p_.h_n, p_.P, ended, lane.begin + lane.count(p_.steps, s), units);
+      for (int64_t b = ended; b < lane.begin + lane.count(p_.steps, s); ++b) {
+        copy_columns(p_.output + p_.steps.place(s, b) * p_.P, p_.h_n + p_.steps.state(b) * p_.P, units);
+      }
     }
   }
 
   template <typename U>
-  static void copy_columns(const U* from, U* to, int64_t width, int64_t row_begin, int64_t row_end,
-                           std::pair<int64_t, int64_t> columns) {
-    for (int64_t b = row_begin; b < row_end; ++b) {
-      std::copy(from + b * width + columns.first, from + b * width + columns.second, to + b * width + columns.first);
+  static void copy_columns(const U* from, U* to, std::pair<int64_t, int64_t> columns) {
+    std::copy(from + columns.first, from + columns.second, to + columns.first);
+  }
+
+  // What the product reads at the first step of each position; the rows of later steps follow from the step before.
+  void mask_h0() const {
+    for (int64_t s = 0; s < p_.steps.T; ++s) {
+      for (int64_t b = std::max<int64_t>(0, p_.steps.count(s - 1)); b < p_.steps.count(s); ++b) {
+        for_each_vector<T>(0, p_.P, p_.P, [&](int64_t j, auto lanes) {
+          store_h_in(s, b, j, load(p_.h0 + p_.steps.state(b) * p_.P + j, lanes), lanes);
+        });
+      }
     }
+  }
+
+  // h before the s-th step of position b as the product is to read it.
+  template <typename Lanes>
+  void store_h_in(int64_t s, int64_t b, int64_t j, V h, Lanes lanes) const {
+    const bool reset = p_.controls.reset && p_.controls.reset[p_.steps.place(s, b)];
+    const V masked = reset ? V{} : h * load(p_.controls.h_mask + p_.steps.state(b) * p_.P + j, lanes);
+    store(p_.h_in + p_.steps.row(s, b) * p_.P + j, masked, lanes);
   }
 
   // K rounded up to whole words of the packed weights.
@@ -174,40 +206,46 @@ class Forward {
     });
   }
 
-  // Rows of step s whose state is the output of the step before, then rows that start here, from h0.
+  // h before the s-th step of position b: zero, h0, or the output of the step before.
+  const S* h_before(int64_t s, int64_t b) const {
+    if (p_.controls.reset && p_.controls.reset[p_.steps.place(s, b)]) return zeros_.get();
+    if (b >= p_.steps.count(s - 1)) return p_.h0 + p_.steps.state(b) * p_.P;
+    return p_.output + p_.steps.place(s - 1, b) * p_.P;
+  }
+
   void step(const Lane& lane, int64_t s, int64_t panel, int64_t in_chunk, const Chunk& chunk) const {
-    const int64_t end = lane.begin + lane.count(p_.steps, s);
-    const int64_t started = std::clamp(p_.steps.count(s - 1), lane.begin, end);
-    const S* before = s > 0 ? p_.output + p_.steps.row_begin[p_.steps.time(s - 1)] * p_.P : nullptr;
-    const int64_t first_row = p_.steps.row_begin[p_.steps.time(s)];
     constexpr int kRows = kTileRows<Gates::kVectors>;
-    const auto tile = [&](const S* h_prev, int64_t b, int count) {
+    for_each_tile(lane.begin, lane.begin + lane.count(p_.steps, s), kRows, [&](int64_t b, int count) {
       const int64_t chunk_row = in_chunk + b - lane.begin;
       alignas(64) T h_gates[kRows * Gates::kColumns];
-      const S* h_rows[kMaxTileRows];
-      for (int r = 0; r < count; ++r) h_rows[r] = h_prev + (b + r) * p_.P;
-      times<Gates>(p_.w_hh, p_.b_hh, packed_hh_, bias_hh_, p_.H, p_.P, panel, count, h_rows, h_gates);
+      const S *h_rows[kMaxTileRows], *product_rows[kMaxTileRows];
+      for (int r = 0; r < count; ++r) {
+        h_rows[r] = h_before(s, b + r);
+        product_rows[r] = p_.h_in ? p_.h_in + p_.steps.row(s, b + r) * p_.P : h_rows[r];
+      }
+      times<Gates>(p_.w_hh, p_.b_hh, packed_hh_, bias_hh_, p_.H, p_.P, panel, count, product_rows, h_gates);
       for (int r = 0; r < count; ++r) {
         const int64_t row = chunk_row + r;
         const T* h_gates_row = h_gates + r * Gates::kColumns;
         if (p_.w_ih) {
           const T* x_gates = chunk.x_gates + (panel * chunk.rows + row) * Gates::kColumns;
-          update(panel, b + r, first_row + b + r, x_gates, Gates::kBlock, h_gates_row, h_rows[r]);
+          update(panel, s, b + r, x_gates, Gates::kBlock, h_gates_row, h_rows[r]);
         } else {
           const S* x_gates = chunk.input[row] + panel * Gates::kBlock;
-          update(panel, b + r, first_row + b + r, x_gates, p_.H, h_gates_row, h_rows[r]);
+          update(panel, s, b + r, x_gates, p_.H, h_gates_row, h_rows[r]);
         }
       }
-    };
-    for_each_tile(lane.begin, started, kRows, [&](int64_t b, int count) { tile(before, b, count); });
-    for_each_tile(started, end, kRows, [&](int64_t b, int count) { tile(p_.h0, b, count); });
+    });
   }
 
-  // The cell, for one row and the units of one panel. `row` is b's row at this step, x_stride lies between gates.
+  // The cell, for one position and the units of one panel. x_stride lies between gates.
   template <typename X>
-  void update(int64_t panel, int64_t b, int64_t row, const X* x_gates, int64_t x_stride, const T* h_gates,
+  void update(int64_t panel, int64_t s, int64_t b, const X* x_gates, int64_t x_stride, const T* h_gates,
               const S* h_prev) const {
-    S* h_next = p_.w_hr ? m_.get() + b * p_.H : p_.output + row * p_.P;
+    const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), state = p_.steps.state(b);
+    const bool reset = p_.controls.reset && p_.controls.reset[place];
+    const bool goes_on = b < p_.steps.count(s + 1);
+    S* h_next = p_.w_hr ? m_.get() + b * p_.H : p_.output + place * p_.P;
     const int64_t j0 = panel * Gates::kBlock;
     for_each_vector<T>(j0, j0 + Gates::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kGates> gx, gh;
@@ -215,27 +253,39 @@ class Forward {
         gx[g] = load(x_gates + g * x_stride + j - j0, lanes);
         gh[g] = load(h_gates + g * Gates::kBlock + j - j0);
       }
+      Values<V, Cell::kParameters> w;
+      for (int k = 0; k < Cell::kParameters; ++k) w[k] = load(p_.w_cell + k * p_.H + j, lanes);
       Values<V, Cell::kStates> prev, next;
       Values<V, Cell::kSaved> saved;
       // With a projection h has another width than the cell; only the LSTM has one, and it reads h through W_hh alone.
       prev[0] = p_.w_hr ? V{} : load(h_prev + j, lanes);
-      if constexpr (Cell::kStates == 2) prev[1] = load(p_.c_n + b * p_.H + j, lanes);
-      Cell::forward(gx, gh, prev, next, saved);
+      for (int k = 1; k < Cell::kStates; ++k) {
+        prev[k] = reset ? V{} : load(p_.c_n + ((k - 1) * p_.B + state) * p_.H + j, lanes);
+      }
+      Cell::forward(gx, gh, w, prev, next, saved);
+      for (int k = 0; k < std::min(Cell::kStates, kZonedStates); ++k) {
+        if (!p_.controls.zone[k]) continue;
+        next[k] = zoned(zone_share(p_.controls, k, place * p_.H + j, lanes), prev[k], next[k]);
+      }
       store(h_next + j, next[0], lanes);
+      if (p_.h_in && goes_on && !p_.w_hr) store_h_in(s + 1, b, j, next[0], lanes);
       if (p_.saved_gates) {
         for (int k = 0; k < Cell::kSaved; ++k) {
           store(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, saved[k], lanes);
         }
       }
-      if constexpr (Cell::kStates == 2) {
-        store(p_.c_n + b * p_.H + j, next[1], lanes);
-        if (p_.saved_c) store(p_.saved_c + row * p_.H + j, next[1], lanes);
+      for (int k = 1; k < Cell::kStates; ++k) {
+        store(p_.c_n + ((k - 1) * p_.B + state) * p_.H + j, next[k], lanes);
+        if (p_.saved_c) store(p_.saved_c + ((k - 1) * p_.N + row) * p_.H + j, next[k], lanes);
+      }
+      if constexpr (Cell::kStates > 1) {
+        if (p_.cells) store(p_.cells + place * p_.H + j, next[1], lanes);
         if (p_.saved_m) store(p_.saved_m + row * p_.H + j, next[0], lanes);
       }
     });
   }
 
-  void project(int64_t begin, int64_t end, int64_t first_row) const {
+  void project(int64_t s, int64_t begin, int64_t end) const {
     constexpr int kRows = kTileRows<Projection::kVectors>;
     for (int64_t panel = 0; panel < Projection::panels(p_.P); ++panel) {
       const int64_t j0 = panel * Projection::kBlock;
@@ -245,8 +295,11 @@ class Forward {
         alignas(64) T h[kRows * Projection::kColumns];
         times<Projection>(p_.w_hr, nullptr, packed_hr_, {}, p_.P, p_.H, panel, count, rows, h);
         for (int r = 0; r < count; ++r) {
+          const int64_t b = b0 + r;
           for_each_vector<T>(j0, j0 + Projection::kBlock, p_.P, [&](int64_t j, auto lanes) {
-            store(p_.output + (first_row + b0 + r) * p_.P + j, load(h + r * Projection::kColumns + j - j0), lanes);
+            const V h_next = load(h + r * Projection::kColumns + j - j0);
+            store(p_.output + p_.steps.place(s, b) * p_.P + j, h_next, lanes);
+            if (p_.h_in && b < p_.steps.count(s + 1)) store_h_in(s + 1, b, j, h_next, lanes);
           });
         }
       });
@@ -263,6 +316,7 @@ class Forward {
   Buffer<T> bias_ih_;    // [panels, G*kBlock]
   Buffer<T> bias_hh_;    // [panels, G*kBlock]
   Buffer<S> m_;          // [B, H]  h before the projection
+  Buffer<S> zeros_;      // [P]  h after a reset
   std::vector<Lane> lanes_;
 };
 

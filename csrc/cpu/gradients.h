@@ -26,7 +26,7 @@ void input_gradient(const InputGradient<T>& p, const ThreadPool& pool) {
           product<T, Panel::kVectors>(count, p.M, rows, packed.get() + panel * p.M * Panel::kColumns, nullptr, tile);
           for (int r = 0; r < count; ++r) {
             const T* from = tile + r * Panel::kColumns;
-            std::copy(from, from + width, p.d_input + (first + r) * p.I + j0);
+            std::copy(from, from + width, p.d_input[first + r] + j0);
           }
         });
       }

@@ -136,6 +136,13 @@ FASTRNN_HD void store(Bf16* to, Vec<float> v, Lanes lanes) {
 }
 #endif
 
+// The share of state k that zoneout keeps of the units from `at` on, counted in [R, H].
+template <typename S, typename Lanes>
+FASTRNN_HD Vec<Sum<S>> zone_share(const Controls<S>& controls, int k, int64_t at, Lanes lanes) {
+  return controls.zone_is_one_value[k] ? broadcast<Vec<Sum<S>>>(load(controls.zone[k], 1)[0])
+                                       : load(controls.zone[k] + at, lanes);
+}
+
 // A tile is a few rows times one panel: kVectors vectors of columns. Its sums stay in registers; what is left of them
 // holds one row of the panel and a broadcast.
 template <int kVectors>

@@ -51,10 +51,36 @@ struct Tiling {
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels
 
+template <typename scalar_t>
+__device__ __forceinline__ bool lives(const StepControls<scalar_t>& c, int64_t row) {
+  return !c.lengths || c.t < c.lengths[row];
+}
+template <typename scalar_t>
+__device__ __forceinline__ bool is_reset(const StepControls<scalar_t>& c, int64_t row) {
+  return c.reset && c.reset[row];
+}
+// The share of state k that zoneout keeps; at: the first unit's place in [B, H].
+template <int N, typename acc_t, typename scalar_t>
+__device__ __forceinline__ void zone_share(const StepControls<scalar_t>& c, int k, int64_t at, acc_t (&share)[N]) {
+  if (c.zone_is_one_value[k]) {
+    for (int i = 0; i < N; ++i) share[i] = to_acc<acc_t>(c.zone[k][0]);
+  } else {
+    load(share, c.zone[k] + at);
+  }
+}
+template <class C>
+constexpr int kZones = C::kStates < kZonedStates ? C::kStates : kZonedStates;
+
+template <typename acc_t>
+__device__ __forceinline__ acc_t clipped(acc_t gradient, double most) {
+  if (most == 0) return gradient;
+  gradient = gradient > most ? static_cast<acc_t>(most) : gradient;
+  return gradient < -most ? static_cast<acc_t>(-most) : gradient;
+}
+
 template <template <typename> class Cell, typename scalar_t, typename acc_t, int N>
 __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForward<scalar_t, acc_t> p) {
   using C = Cell<acc_t>;
-  static_assert(C::kStates <= 2, "the states are h and c");
   const int64_t unit = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * N;
   if (unit >= p.H) return;
   const int64_t first_row = int64_t{blockIdx.y} * blockDim.y + threadIdx.y;
@@ -63,8 +89,21 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
     const int64_t gates = row * C::kGates * p.H + unit;
     Values<acc_t, C::kGates> gx[N], gh[N];
     Values<acc_t, C::kStates> prev[N] = {}, next[N];
+    Values<acc_t, C::kParameters> w[N];
     Values<acc_t, C::kSaved> saved[N];
     acc_t values[N];
+
+    if (!lives(p.controls, row)) {  // what is saved of c stays what is carried, so that a step finds it before itself
+      for (int i = 0; i < N; ++i) values[i] = 0;
+      store(p.h_next + state, values);
+      if (p.cells) store(p.cells + state, values);
+#pragma unroll
+      for (int k = 1; k < C::kStates; ++k) {
+        load(values, p.c + (k - 1) * p.c_stride + state);
+        if (p.saved_c) store(p.saved_c + (k - 1) * p.saved_c_stride + state, values);
+      }
+      continue;
+    }
 
 #pragma unroll
     for (int k = 0; k < C::kGates; ++k) {
@@ -77,20 +116,35 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
         for (int i = 0; i < N; ++i) gh[i][k] += values[i];
       }
     }
-    if (p.h_prev) {
-      load(values, p.h_prev + state);
-      for (int i = 0; i < N; ++i) prev[i][0] = values[i];
+#pragma unroll
+    for (int k = 0; k < C::kParameters; ++k) {
+      load(values, p.w_cell + k * p.H + unit);
+      for (int i = 0; i < N; ++i) w[i][k] = values[i];
     }
-    if constexpr (C::kStates == 2) {
-      load(values, p.c + state);
-      for (int i = 0; i < N; ++i) prev[i][1] = values[i];
+    if (!is_reset(p.controls, row)) {
+      if (p.h_prev) {
+        load(values, p.h_prev + state);
+        for (int i = 0; i < N; ++i) prev[i][0] = values[i];
+      }
+#pragma unroll
+      for (int k = 1; k < C::kStates; ++k) {
+        load(values, p.c + (k - 1) * p.c_stride + state);
+        for (int i = 0; i < N; ++i) prev[i][k] = values[i];
+      }
     }
 
 #pragma unroll
-    for (int i = 0; i < N; ++i) C::forward(gx[i], gh[i], prev[i], next[i], saved[i]);
+    for (int i = 0; i < N; ++i) C::forward(gx[i], gh[i], w[i], prev[i], next[i], saved[i]);
+#pragma unroll
+    for (int k = 0; k < kZones<C>; ++k) {
+      if (!p.controls.zone[k]) continue;
+      zone_share(p.controls, k, state, values);
+      for (int i = 0; i < N; ++i) next[i][k] = zoned(values[i], prev[i][k], next[i][k]);
+    }
 
     for (int i = 0; i < N; ++i) values[i] = next[i][0];
     store(p.h_next + state, values);
+    if (p.h_state) store(p.h_state + state, values);
     if (p.saved_gates) {
 #pragma unroll
       for (int k = 0; k < C::kSaved; ++k) {
@@ -98,10 +152,12 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
         store(p.saved_gates + row * C::kSaved * p.H + k * p.H + unit, values);
       }
     }
-    if constexpr (C::kStates == 2) {
-      for (int i = 0; i < N; ++i) values[i] = next[i][1];
-      store(p.c + state, values);
-      if (p.saved_c) store(p.saved_c + state, values);
+#pragma unroll
+    for (int k = 1; k < C::kStates; ++k) {
+      for (int i = 0; i < N; ++i) values[i] = next[i][k];
+      store(p.c + (k - 1) * p.c_stride + state, values);
+      if (p.saved_c) store(p.saved_c + (k - 1) * p.saved_c_stride + state, values);
+      if (k == 1 && p.cells) store(p.cells + state, values);
     }
   }
 }
@@ -109,7 +165,6 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
 template <template <typename> class Cell, typename scalar_t, typename acc_t, int N>
 __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBackward<scalar_t, acc_t> p) {
   using C = Cell<acc_t>;
-  static_assert(C::kStates <= 2, "the states are h and c");
   const int64_t unit = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * N;
   if (unit >= p.H) return;
   const int64_t first_row = int64_t{blockIdx.y} * blockDim.y + threadIdx.y;
@@ -117,16 +172,35 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
     const int64_t state = row * p.H + unit;
     const int64_t gates = row * C::kGates * p.H + unit;
     Values<acc_t, C::kSaved> saved[N];
+    Values<acc_t, C::kParameters> w[N];
     Values<acc_t, C::kStates> prev[N] = {}, next[N] = {}, d_next[N], d_prev[N];
     Values<acc_t, C::kGates> d_gx[N], d_gh[N];
     acc_t values[N];
+
+    if (!lives(p.controls, row)) {  // the gradients of the states stay what they are
+      for (int i = 0; i < N; ++i) values[i] = 0;
+#pragma unroll
+      for (int k = 0; k < C::kGates; ++k) {
+        store(p.d_x_gates + gates + k * p.H, values);
+        if constexpr (C::kGateGradsDiffer) store(p.d_h_gates + gates + k * p.H, values);
+      }
+#pragma unroll
+      for (int k = 0; k < C::kParameters; ++k) store(p.d_w_rows + (row * C::kParameters + k) * p.H + unit, values);
+      continue;
+    }
+    const bool reset = is_reset(p.controls, row);
 
 #pragma unroll
     for (int k = 0; k < C::kSaved; ++k) {
       load(values, p.saved_gates + row * C::kSaved * p.H + k * p.H + unit);
       for (int i = 0; i < N; ++i) saved[i][k] = values[i];
     }
-    if (p.h_prev) {
+#pragma unroll
+    for (int k = 0; k < C::kParameters; ++k) {
+      load(values, p.w_cell + k * p.H + unit);
+      for (int i = 0; i < N; ++i) w[i][k] = values[i];
+    }
+    if (p.h_prev && !reset) {
       load(values, p.h_prev + state);
       for (int i = 0; i < N; ++i) prev[i][0] = values[i];
     }
@@ -144,17 +218,35 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
       load(values, p.d_h_product + state);
       for (int i = 0; i < N; ++i) d_next[i][0] += values[i];
     }
-    if constexpr (C::kStates == 2) {
-      load(values, p.c_prev + state);
-      for (int i = 0; i < N; ++i) prev[i][1] = values[i];
-      load(values, p.c_next + state);
-      for (int i = 0; i < N; ++i) next[i][1] = values[i];
-      load(values, p.d_c + state);
-      for (int i = 0; i < N; ++i) d_next[i][1] = values[i];
+#pragma unroll
+    for (int k = 1; k < C::kStates; ++k) {
+      if (!reset) {
+        load(values, p.c_prev + (k - 1) * p.c_prev_stride + state);
+        for (int i = 0; i < N; ++i) prev[i][k] = values[i];
+      }
+      load(values, p.c_next + (k - 1) * p.c_next_stride + state);
+      for (int i = 0; i < N; ++i) next[i][k] = values[i];
+      load(values, p.d_c + (k - 1) * p.d_c_stride + state);
+      for (int i = 0; i < N; ++i) d_next[i][k] = values[i];
+      if (k == 1 && p.d_cells) {
+        load(values, p.d_cells + state);
+        for (int i = 0; i < N; ++i) d_next[i][k] += values[i];
+      }
+    }
+    ZoneBackward<C, acc_t> zone[N] = {};
+#pragma unroll
+    for (int k = 0; k < kZones<C>; ++k) {
+      if (!p.controls.zone[k]) continue;
+      zone_share(p.controls, k, state, values);
+      for (int i = 0; i < N; ++i) zone[i].before_cell(k, values[i], saved[i], prev[i], next[i], d_next[i]);
     }
 
 #pragma unroll
-    for (int i = 0; i < N; ++i) C::backward(saved[i], prev[i], next[i], d_next[i], d_prev[i], d_gx[i], d_gh[i]);
+    for (int i = 0; i < N; ++i) C::backward(w[i], saved[i], prev[i], next[i], d_next[i], d_prev[i], d_gx[i], d_gh[i]);
+#pragma unroll
+    for (int k = 0; k < kZones<C>; ++k) {
+      for (int i = 0; i < N; ++i) d_prev[i][k] += zone[i].kept[k];
+    }
 
 #pragma unroll
     for (int k = 0; k < C::kGates; ++k) {
@@ -165,12 +257,60 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
         store(p.d_h_gates + gates + k * p.H, values);
       }
     }
+    if constexpr (C::kParameters > 0) {
+#pragma unroll
+      for (int k = 0; k < C::kParameters; ++k) {
+        for (int i = 0; i < N; ++i) {
+          values[i] = d_gx[i][C::parameter_gate(k)] * (C::parameter_sees_next(k) ? next[i][1] : prev[i][1]);
+        }
+        store(p.d_w_rows + (row * C::kParameters + k) * p.H + unit, values);
+      }
+    }
     for (int i = 0; i < N; ++i) values[i] = d_prev[i][0];
     store(p.d_h + state, values);
-    if constexpr (C::kStates == 2) {
-      for (int i = 0; i < N; ++i) values[i] = d_prev[i][1];
-      store(p.d_c + state, values);
+#pragma unroll
+    for (int k = 1; k < C::kStates; ++k) {
+      for (int i = 0; i < N; ++i) values[i] = reset ? acc_t(0) : clipped(d_prev[i][k], p.grad_clip);
+      store(p.d_c + (k - 1) * p.d_c_stride + state, values);
     }
+  }
+}
+
+// The updates of h, of one value each: at is its place in [rows, width].
+template <typename scalar_t>
+using AccOfStorage = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename scalar_t>
+__device__ __forceinline__ void update_h(const ProductInput<scalar_t>& p, int64_t row, int64_t at) {
+  using acc_t = AccOfStorage<scalar_t>;
+  acc_t value = p.reset && p.reset[row] ? acc_t(0) : to_acc<acc_t>(p.from[at]);
+  if (p.mask) value *= to_acc<acc_t>(p.mask[at]);
+  p.to[at] = from_acc<scalar_t>(value);
+}
+template <typename scalar_t>
+__device__ __forceinline__ void update_h(const KeepLiving<scalar_t>& p, int64_t row, int64_t at) {
+  if (!p.lengths || p.t < p.lengths[row]) p.state[at] = p.from[at];
+}
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ void update_h(const ThroughStep<scalar_t, acc_t>& p, int64_t row, int64_t at) {
+  if (p.lengths && p.t >= p.lengths[row]) return;
+  const acc_t product = to_acc<acc_t>(p.product[at]);
+  const acc_t masked = p.mask ? product * to_acc<acc_t>(p.mask[at]) : product;
+  p.d_h[at] = p.reset && p.reset[row] ? acc_t(0) : clipped(masked + p.d_h[at], p.grad_clip);
+}
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ void update_h(const TakeProjected<scalar_t, acc_t>& p, int64_t row, int64_t at) {
+  const bool living = !p.lengths || p.t < p.lengths[row];
+  const acc_t d_output = p.d_output ? to_acc<acc_t>(p.d_output[at]) : acc_t(0);
+  p.d_projected[at] = from_acc<scalar_t>(living ? p.d_h[at] + d_output : acc_t(0));
+  if (living) p.d_h[at] = 0;
+}
+
+template <class Update>
+__global__ void __launch_bounds__(kThreads) update_h_kernel(int64_t rows, int64_t width, const Update update) {
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < rows * width; at += stride) {
+    update_h(update, at / width, at);
   }
 }
 
@@ -179,12 +319,19 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
 // ---------------------------------------------------------------------------------------------------------------------
 // Launch
 
+template <int N, typename scalar_t>
+bool aligned_zones(const StepControls<scalar_t>& c) {
+  return (c.zone_is_one_value[0] || aligned_for<N>(c.zone[0])) && (c.zone_is_one_value[1] || aligned_for<N>(c.zone[1]));
+}
+
 template <template <typename> class Cell, typename scalar_t, typename acc_t>
 CudaStatus launch_gates_forward(const GatesForward<scalar_t, acc_t>& p, CudaStream stream) {
   if (p.B == 0 || p.H == 0) return cudaSuccess;
   constexpr int N = kUnits<acc_t>;
-  const bool vectors =
-      p.H % N == 0 && aligned_for<N>(p.x_gates, p.h_gates, p.b_hh, p.h_prev, p.c, p.h_next, p.saved_gates, p.saved_c);
+  const bool vectors = p.H % N == 0 &&
+                       aligned_for<N>(p.x_gates, p.h_gates, p.b_hh, p.w_cell, p.h_prev, p.c, p.h_next, p.h_state,
+                                      p.cells, p.saved_gates, p.saved_c) &&
+                       aligned_zones<N>(p.controls);
   const Tiling tiling(p.B, vectors ? p.H / N : p.H);
   return launch(
       vectors ? gates_forward_kernel<Cell, scalar_t, acc_t, N> : gates_forward_kernel<Cell, scalar_t, acc_t, 1>,
@@ -195,12 +342,23 @@ template <template <typename> class Cell, typename scalar_t, typename acc_t>
 CudaStatus launch_gates_backward(const GatesBackward<scalar_t, acc_t>& p, CudaStream stream) {
   if (p.B == 0 || p.H == 0) return cudaSuccess;
   constexpr int N = kUnits<acc_t>;
-  const bool vectors = p.H % N == 0 && aligned_for<N>(p.saved_gates, p.h_prev, p.h_next, p.c_prev, p.c_next, p.d_output,
-                                                      p.d_h_product, p.d_h, p.d_c, p.d_x_gates, p.d_h_gates);
+  const bool vectors = p.H % N == 0 &&
+                       aligned_for<N>(p.w_cell, p.saved_gates, p.h_prev, p.h_next, p.c_prev, p.c_next, p.d_output,
+                                      p.d_h_product, p.d_cells, p.d_h, p.d_c, p.d_x_gates, p.d_h_gates, p.d_w_rows) &&
+                       aligned_zones<N>(p.controls);
   const Tiling tiling(p.B, vectors ? p.H / N : p.H);
   return launch(
       vectors ? gates_backward_kernel<Cell, scalar_t, acc_t, N> : gates_backward_kernel<Cell, scalar_t, acc_t, 1>,
       {tiling.grid, tiling.block}, static_cast<cudaStream_t>(stream), p);
+}
+
+template <class Update>
+CudaStatus launch_update_h(int64_t rows, int64_t width, const Update& update, CudaStream stream) {
+  if (rows == 0 || width == 0) return cudaSuccess;
+  constexpr int64_t kMostBlocks = 4096;
+  const int64_t blocks = std::min((rows * width + kThreads - 1) / kThreads, kMostBlocks);
+  return launch(update_h_kernel<Update>, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)},
+                static_cast<cudaStream_t>(stream), rows, width, update);
 }
 
 const char* cuda_status_string(CudaStatus status) { return status_string(static_cast<cudaError_t>(status)); }
@@ -217,5 +375,15 @@ const char* cuda_status_string(CudaStatus status) { return status_string(static_
   FASTRNN_INSTANTIATE(Cell, __half, float)   \
   FASTRNN_INSTANTIATE(Cell, __nv_bfloat16, float)
 FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE_CELL)
+
+#define FASTRNN_INSTANTIATE_UPDATES(scalar_t, acc_t)                                                      \
+  template CudaStatus launch_update_h(int64_t, int64_t, const ProductInput<scalar_t>&, CudaStream);       \
+  template CudaStatus launch_update_h(int64_t, int64_t, const KeepLiving<scalar_t>&, CudaStream);         \
+  template CudaStatus launch_update_h(int64_t, int64_t, const ThroughStep<scalar_t, acc_t>&, CudaStream); \
+  template CudaStatus launch_update_h(int64_t, int64_t, const TakeProjected<scalar_t, acc_t>&, CudaStream);
+FASTRNN_INSTANTIATE_UPDATES(float, float)
+FASTRNN_INSTANTIATE_UPDATES(double, double)
+FASTRNN_INSTANTIATE_UPDATES(__half, float)
+FASTRNN_INSTANTIATE_UPDATES(__nv_bfloat16, float)
 
 }  // namespace fastrnn

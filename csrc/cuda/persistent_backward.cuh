@@ -138,7 +138,8 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
 #pragma unroll
     for (int k = 0; k < C::kStates; ++k) d_next[k] = state(k, tile, i);
     if (p.d_output) d_next[0] += to_acc<float>(from.d_output);
-    C::backward(saved, prev, next, d_next, d_prev, d_gx, d_gh);
+    const Values<float, C::kParameters> w = {};
+    C::backward(w, saved, prev, next, d_next, d_prev, d_gx, d_gh);
 #pragma unroll
     for (int k = 0; k < C::kStates; ++k) state(k, tile, i) = d_prev[k];
 #pragma unroll

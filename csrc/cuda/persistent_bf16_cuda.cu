@@ -22,6 +22,6 @@ CudaStatus launch_persistent_backward(const PersistentBackward<scalar_t>& p, Ari
                                                       CudaStream);                                           \
   template CudaStatus launch_persistent_backward<Cell>(const PersistentBackward<__nv_bfloat16>&, Arithmetic, \
                                                        CudaStream);
-FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE)
+FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_INSTANTIATE)
 
 }  // namespace fastrnn

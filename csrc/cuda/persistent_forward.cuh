@@ -114,7 +114,7 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
     }
 #pragma unroll
     for (int k = 0; k < C::kStates; ++k) prev[k] = state(k, tile, i);
-    C::forward(gx, gh, prev, next, saved);
+    C::forward(gx, gh, {}, prev, next, saved);
 #pragma unroll
     for (int k = 0; k < C::kStates; ++k) state(k, tile, i) = next[k];
     p.output[row * p.H + item.unit] = from_acc<scalar_t>(next[0]);

@@ -20,6 +20,6 @@ CudaStatus launch_persistent_backward(const PersistentBackward<scalar_t>& p, Ari
 #define FASTRNN_INSTANTIATE(name, Cell)                                                                          \
   template CudaStatus launch_persistent_forward<Cell>(const PersistentForward<__half>&, Arithmetic, CudaStream); \
   template CudaStatus launch_persistent_backward<Cell>(const PersistentBackward<__half>&, Arithmetic, CudaStream);
-FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE)
+FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_INSTANTIATE)
 
 }  // namespace fastrnn

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The cells that torch.nn lacks, and what may happen to the states between two steps, against fastrnn.reference.
+
+In float64 kernel and definition differ by rounding alone: a few eps of the scale of the sums.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrnn import ops, reference
+
+SEAM = (Path(__file__).resolve().parents[1] / "csrc/kernels.h").read_text()
+OPERATORS = {
+    name.removeprefix("fastrnn::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastrnn::")
+}
+
+# By the names of csrc/kernels.h: the function, its options, gates, and how many states there are beside h.
+CELLS = {
+    "rnn_tanh": ("rnn_layer", {"nonlinearity": "tanh"}, 1, 0),
+    "rnn_relu": ("rnn_layer", {"nonlinearity": "relu"}, 1, 0),
+    "rnn_leaky_relu": ("rnn_layer", {"nonlinearity": "leaky_relu"}, 1, 0),
+    "gru": ("gru_layer", {}, 3, 0),
+    "lstm": ("lstm_layer", {}, 4, 1),
+    "lstm_coupled": ("lstm_layer", {"coupled": True}, 3, 1),
+    "lstm_peephole": ("lstm_layer", {"w_peephole": True}, 4, 1),
+    "slstm": ("slstm_layer", {}, 4, 3),
+}
+T, B, I, H, P = 7, 5, 3, 21, 6  # noqa: E741
+
+
+def test_every_cell_is_tested():
+    """Each cell of csrc/kernels.h has its row here and its two operators, and there are no others."""
+    assert set(re.findall(r"^\s+X\((\w+), \w+\)", SEAM, re.MULTILINE)) == set(CELLS)
+    assert {f"{cell}_layer{suffix}" for cell in CELLS for suffix in ("", "_backward")} == OPERATORS
+
+
+def draw(cell: str, packed: bool = False, projection: bool = False, seed: int = 0) -> dict:
+    """The tensor arguments of a layer, and its options that are tensors."""
+    op, _, gates, others = CELLS[cell]
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+    width = P if projection else H
+    arguments = {
+        "input": tensor(int(batch_sizes().sum()) if packed else T, *([] if packed else [B]), I),
+        "w_ih": tensor(gates * H, I, scale=0.3),
+        "w_hh": tensor(gates * H, width, scale=0.3),
+        "b_ih": tensor(gates * H, scale=0.3),
+        "b_hh": tensor(gates * H, scale=0.3),
+        "h0": tensor(B, width),
+    }
+    if others == 1:
+        arguments["c0"] = tensor(B, H)
+    if others == 3:  # n is positive, or 0 where nothing has been stored
+        arguments["c0"] = torch.stack([tensor(B, H), tensor(B, H).abs() + 1, tensor(B, H)])
+        arguments["c0"][:, 0] = 0
+    if projection:
+        arguments["w_hr"] = tensor(P, H, scale=0.3)
+    if cell == "lstm_peephole":
+        arguments["w_peephole"] = tensor(3 * H, scale=0.3)
+    return arguments
+
+
+def batch_sizes() -> Tensor:
+    return torch.tensor([B, B, 4, 3, 3, 1, 1])
+
+
+def controls(names: tuple[str, ...], width: int, packed: bool = False) -> dict:
+    generator = torch.Generator().manual_seed(7)
+    leading = (int(batch_sizes().sum()),) if packed else (T, B)
+
+    def chance(*shape: int, p: float) -> Tensor:
+        return torch.rand(shape, generator=generator) < p
+
+    drawn = {
+        "lengths": torch.tensor([3, 0, T, 1, 5]),
+        "reset": chance(*leading, p=0.3),
+        "h_mask": chance(B, width, p=0.7).double() / 0.7,
+        "zone_h": chance(*leading, H, p=0.4).double(),
+        "zone_c": chance(*leading, H, p=0.4).double(),
+        "grad_clip": 0.5,
+        "return_cells": True,
+    }
+    if "one_zone" in names:
+        drawn |= {"zone_h": torch.tensor([0.25]).double(), "zone_c": torch.tensor([0.125]).double()}
+    return {name: drawn[name] for name in names if name in drawn}
+
+
+def run(namespace, cell: str, arguments: dict, **options) -> dict[str, Tensor]:
+    """Every result and every gradient of a layer, by name."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in arguments.items()}
+    op, fixed, _, _ = CELLS[cell]
+    fixed = {name: value for name, value in fixed.items() if name != "w_peephole"}
+    keywords = {name: leaves[name] for name in ("w_hr", "w_peephole") if name in leaves}
+    positional = [leaf for name, leaf in leaves.items() if name not in keywords]
+    results = getattr(namespace, op)(*positional, **keywords, **fixed, **options)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
+    if cell == "slstm":
+        weights[2][2] = 0  # m has no gradient
+    grads = torch.autograd.grad(results, list(leaves.values()), weights, allow_unused=True)
+    named = {f"result {k}": result for k, result in enumerate(results)}
+    return named | {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def check(cell: str, arguments: dict, **options) -> None:
+    ours, truth = run(ops, cell, arguments, **options), run(reference, cell, arguments, **options)
+    assert list(ours) == list(truth)
+    for name, expected in truth.items():
+        got = ours[name]
+        if expected is None or got is None:
+            assert got is None or not got.any(), name
+            continue
+        assert got.shape == expected.shape
+        scale = max(1.0, expected.detach().abs().max().item())
+        assert (got - expected).abs().max().item() <= 1e-12 * scale, name
+
+
+SETS = [
+    (),
+    ("lengths",),
+    ("reset",),
+    ("h_mask",),
+    ("zone_h",),
+    ("zone_h", "one_zone"),
+    ("grad_clip",),
+    ("lengths", "reset", "h_mask", "zone_h", "grad_clip"),
+]
+CELL_SETS = [
+    ("zone_c",),
+    ("zone_c", "one_zone"),
+    ("return_cells",),
+    ("lengths", "return_cells"),
+    ("lengths", "reset", "h_mask", "zone_h", "grad_clip", "zone_c", "return_cells"),
+]
+
+
+def cases():
+    for cell, (_, _, _, others) in CELLS.items():
+        for names in SETS + (CELL_SETS if others == 1 else []):
+            if others == 3 and "zone_h" in names:
+                names = tuple(name for name in names if name != "zone_h")
+                if "one_zone" in names or not names:
+                    continue
+            yield cell, names
+
+
+@pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
+@pytest.mark.parametrize(
+    "cell, names", list(cases()), ids=lambda v: "+".join(v) or "plain" if isinstance(v, tuple) else v
+)
+def test_layer_is_its_definition(cell, names, reverse):
+    check(cell, draw(cell), reverse=reverse, **controls(names, H))
+
+
+@pytest.mark.parametrize("names", ((), ("reset",), ("h_mask",), ("zone_h",), ("grad_clip",)), ids="+".join)
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_layer_is_its_definition(cell, names):
+    if cell == "slstm" and "zone_h" in names:
+        names = ()
+    for reverse in (False, True):
+        check(
+            cell, draw(cell, packed=True), batch_sizes=batch_sizes(), reverse=reverse, **controls(names, H, packed=True)
+        )
+
+
+@pytest.mark.parametrize(
+    "names", ((), ("lengths", "reset"), ("h_mask", "zone_c", "grad_clip", "return_cells")), ids="+".join
+)
+@pytest.mark.parametrize("cell", ("lstm", "lstm_coupled", "lstm_peephole"))
+def test_projected_layer_is_its_definition(cell, names):
+    check(cell, draw(cell, projection=True), **controls(names, P))
