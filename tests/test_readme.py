@@ -4,6 +4,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -19,10 +20,15 @@ def loss_fn(output, target):
 
 def test_the_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", reason="needs Keras 3: pip install fastrnn[test]")
+    other_model = keras.Sequential([keras.Input((10, 1)), keras.layers.GRU(4), keras.layers.Dense(1)])
+    other_model.compile("adam", "mse")
     lstm = fastrnn.LSTM(64, 8)
     names = {"torch": torch, "nn": nn, "fastrnn": fastrnn, "model": nn.GRU(64, 8), "lstm": lstm}
     names |= {"input": torch.randn(250, 2, 64), "target": torch.randn(250, 2, 8)}
     names |= {"loss_fn": loss_fn, "optimizer": torch.optim.Adam(lstm.parameters())}
+    names |= {"x": torch.randn(20, 10, 1).numpy(), "y": torch.randn(20, 1).numpy(), "other_model": other_model}
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
     assert blocks
     for block in blocks:
