@@ -78,6 +78,11 @@ SUITES = {
         baselines=("torch.nn", "onnxruntime"),
         limit=True,
     ),
+    ("keras", "cpu"): Suite(
+        shapes=("10,32,1,64", "50,32,1,64", "100,64,16,64"),
+        modes=("fit",),
+        baselines=("keras",),
+    ),
     ("gpu", "cuda"): Suite(
         shapes=(
             *("1024,16,768", "100,64,512", "100,32,512,packed=30", "100,32,512,D=2", "100,32,512,L=2"),
@@ -102,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="suites:\n"
         "  short        a few shapes of each kind on the device that is there; under 2 minutes\n"
         "  cpu          15 shapes, 1 and all threads, with ONNX Runtime and the share of the machine's peaks\n"
+        "  keras        3 shapes, Keras's fit() on its torch backend, plain and with fastrnn.keras; under a minute\n"
         "  gpu          25 shapes, eager and as CUDA graphs, with cuDNN's kernels; under 10 minutes\n"
         "modes:\n"
         + "".join(f"  {name:<12} {text}\n" for name, text in MODES.items())
@@ -115,7 +121,9 @@ def make_parser() -> argparse.ArgumentParser:
         "  bench.py --report-readme cpu.csv             the README's table from measured rows\n",
     )
     add = parser.add_argument
-    add("--suite", choices=("short", "cpu", "gpu"), default="short", help="named set of cases (default: short)")
+    add(
+        "--suite", choices=("short", "cpu", "keras", "gpu"), default="short", help="named set of cases (default: short)"
+    )
     add("--task", choices=("sweep", "char-lm", "all"), help="what to run (default: all for suite short, else sweep)")
     choice = parser.add_argument_group("cases; each option replaces the suite's values")
     add = choice.add_argument
@@ -149,7 +157,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.report_readme:
         return arguments
     if arguments.device is None:
-        devices = {"cpu": "cpu", "gpu": "cuda", "short": "cuda" if torch.cuda.is_available() else "cpu"}
+        devices = {"cpu": "cpu", "keras": "cpu", "gpu": "cuda", "short": "cuda" if torch.cuda.is_available() else "cpu"}
         arguments.device = devices[arguments.suite]
     if (arguments.suite, arguments.device) not in SUITES:
         parser.error(f"--suite {arguments.suite} does not run on --device {arguments.device}")

@@ -20,6 +20,7 @@ MODES = {
     "infer": "forward under inference_mode",
     "fwd": "training forward, which keeps what backward needs",
     "train": "forward, then backward with the gradients of the input, the initial states and every weight",
+    "fit": "Keras's fit() on the layer and Dense(1): an epoch of 10 batches with Adam and the mean square error",
 }
 # tf32 is float32 storage whose products may use TensorFloat-32, which is cuDNN's default; fp32 forbids it.
 DTYPES = {

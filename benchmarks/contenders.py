@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ BASELINES = {
     "reference": "fastrnn.reference, a loop over time in plain torch",
     "compiled": "that loop under torch.compile, which unrolls it: minutes of compilation at T=100",
     "onnxruntime": "ONNX Runtime on the CPU, infer and fp32 only; needs the packages onnxruntime and onnx",
+    "keras": "keras.layers on Keras's torch backend, fit only; needs the package keras",
 }
+KERAS_BATCHES = 10
 
 
 def serves(baseline: str, case: Case) -> bool:
     """Whether a baseline is meant for a case."""
+    if "keras" == baseline or case.mode == "fit":
+        return ("keras", "fit", "fp32", 1, 1) == (baseline, case.mode, case.dtype, case.shape.L, case.shape.D)
     if baseline == "onnxruntime":
         return (case.mode, case.dtype, case.device) == ("infer", "fp32", "cpu")
     return baseline != "no-cudnn" or case.device == "cuda"
@@ -33,12 +38,14 @@ def serves(baseline: str, case: Case) -> bool:
 
 def missing_packages(baseline: str) -> list[str]:
     """Packages that a baseline needs and that are not installed."""
-    needed = ["onnx", "onnxruntime"] if baseline == "onnxruntime" else []
+    needed = {"onnxruntime": ["onnx", "onnxruntime"], "keras": ["keras"]}.get(baseline, [])
     return [package for package in needed if importlib.util.find_spec(package) is None]
 
 
 def make_call(problem: Problem, contender: str) -> Call:
     """Builds what a contender, "fastrnn" or one of BASELINES, does in a case."""
+    if problem.case.mode == "fit":
+        return _keras(problem, "fastrnn.keras" if contender == "fastrnn" else "keras.layers")
     return {
         "fastrnn": lambda: _module(problem, problem.fast_module),
         "torch.nn": lambda: _module(problem, problem.torch_module),
@@ -90,6 +97,26 @@ def _reference(problem: Problem, compiled: bool) -> Call:
 
     run = torch.compile(stack) if compiled else stack
     return problem.in_mode(lambda: run(problem.data, *problem.states), list(problem.torch_module.parameters()))
+
+
+def _keras(problem: Problem, library: str) -> Call:
+    """An epoch of a model as textbooks have it; its loss is the result."""
+    os.environ["KERAS_BACKEND"] = "torch"
+    keras: Any = importlib.import_module("keras")
+    s = problem.case.shape
+    keras.utils.set_random_seed(0)
+    layer = getattr(
+        importlib.import_module(library), "SimpleRNN" if problem.case.cell == "rnn" else problem.case.cell.upper()
+    )
+    model = keras.Sequential([keras.Input((s.T, s.I)), layer(s.H), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    x = torch.randn(KERAS_BATCHES * s.B, s.T, s.I).numpy()
+
+    def fit() -> list[Tensor]:
+        history = model.fit(x, x[:, -1, :1], batch_size=s.B, shuffle=False, verbose=0).history
+        return [torch.tensor(history["loss"])]
+
+    return fit
 
 
 # Where the ONNX operators' gate rows stand in torch's: LSTM i,o,f,g; GRU z,r,n.
