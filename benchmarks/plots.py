@@ -34,7 +34,7 @@ def plot_ratios(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(
         len(settings),
         len(modes),
-        figsize=(2.0 + 4.6 * len(modes), 1.3 + sum(0.8 + 0.36 * height for height in heights)),
+        figsize=(2.0 + 4.6 * max(2, len(modes)), 1.3 + sum(0.8 + 0.36 * height for height in heights)),
         height_ratios=heights,
         sharex=True,
         squeeze=False,
