@@ -11,7 +11,7 @@ from fastrnn import diagnostics, ops, truncated
 from fastrnn.cells import GRUCell, LSTMCell, RNNCell
 from fastrnn.convert import Conversion, convert, patch, revert
 from fastrnn.explain import Explanation, explain
-from fastrnn.modules import GRU, LSTM, RNN
+from fastrnn.modules import GRU, LSTM, RNN, SLSTM
 
 try:
     __version__ = version("fastrnn")
@@ -22,6 +22,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SLSTM",
     "Conversion",
     "Explanation",
     "GRUCell",

@@ -59,21 +59,27 @@ class Operator:
                 _register(op, partial(_call_without_autocast, op, device), f"Autocast{device.upper()}")
             torch.library.register_vmap(op, partial(rule, self))
 
-    def __call__(self, *arguments: Any, controls: tuple[Any, ...] = ()) -> Tensors:
-        """Runs the layer: its results, maybe more, as a differentiable function of the arguments."""
+    def __call__(self, *arguments: Any, controls: tuple[Any, ...] = (), recompute: bool = False) -> Tensors:
+        """Runs the layer: its results, maybe more, as a differentiable function of the arguments.
+
+        Args:
+            arguments: Of the operator, without save.
+            controls: Of the operator.
+            recompute: Whether backward runs the operator again in place of keeping what it saves.
+        """
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             # Exported programs serve with and without grad: backward recomputes what was not saved.
             return self.forward(*arguments, False, *controls)  # type: ignore[no-any-return]
         if torch.compiler.is_compiling():
             tensors = arguments[: self.floats]
-            save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            save = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
             return self.forward(*arguments, save, *controls)  # type: ignore[no-any-return]
         if _is_forward_mode():
             return self.definition(*arguments, *controls)
         if torch._C._are_functorch_transforms_active():
-            return _FastrnnLayer.apply(self, *arguments, True, *controls)  # type: ignore[no-any-return, no-untyped-call]
+            return _FastrnnLayer.apply(self, *arguments, not recompute, *controls)  # type: ignore[no-any-return, no-untyped-call]
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return _FastrnnEagerLayer.apply(self, *arguments, True, *controls)  # type: ignore[no-any-return, no-untyped-call]
+            return _FastrnnEagerLayer.apply(self, *arguments, not recompute, *controls)  # type: ignore[no-any-return, no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward(*arguments, False, *controls)  # type: ignore[no-any-return]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import ops
-from fastrnn.modules import Device, States, as_hx, call_autocast, check_alike, is_tracing, read_weights
+from fastrnn.stack import Device, States, as_hx, call_autocast, check_alike, is_tracing, read_weights
 
 
 class _Cell(nn.RNNCellBase):

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import cells, modules
+from fastrnn import cells
 from fastrnn.convert import convert, revert
+from fastrnn.stack import LayerStack
 
 # Okabe and Ito's palette, told apart by every common form of colour vision.
 _COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -260,7 +261,7 @@ def _step_by_step(model: nn.Module, caller: str) -> Iterator[dict[str, list[_Ste
         for name in conversion.converted:
             stack.callback(revert, model.get_submodule(name))
         for name, module in model.named_modules():
-            if isinstance(module, (modules._LayerStack, cells._Cell)):
+            if isinstance(module, (LayerStack, cells._Cell)):
                 labels = _run_labels(module, name or type(module).__name__)
                 stack.callback(delattr, module, "_op")
                 module._op = partial(_run_steps, module._op, _kind(module), steps, labels)  # type: ignore[method-assign]

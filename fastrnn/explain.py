@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import _C, cells, modules
+from fastrnn import _C, cells
+from fastrnn.stack import LayerStack
 
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
@@ -44,7 +45,7 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
     if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         raise TypeError(f"expected an RNN, GRU, LSTM or cell, got {type(module).__name__}")
     name = type(module).__name__
-    if not isinstance(module, (modules._LayerStack, cells._Cell)):
+    if not isinstance(module, (LayerStack, cells._Cell)):
         return Explanation((f"{name}: torch.nn's own; fastrnn.convert(module) makes it fastrnn's",), ())
 
     is_cell = isinstance(module, nn.RNNCellBase)

@@ -1,222 +1,31 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The modules: torch.nn's options, forms of input and errors, around ops that run one direction of one layer.
-
-Weights are read from their attributes at every call, so whatever replaces them takes effect: parametrizations,
-pruning, `torch.func.functional_call`, plain assignment.
+"""The modules: torch.nn.RNN, GRU and LSTM with their options, and what they offer beyond.
 
 Letters in shapes: T time, B batch, I input_size, H hidden_size, P proj_size, H_out = P with a projection and H without,
 L num_layers, D directions. Without a batch B is left out.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Unpack  # a requirement of torch
 
 from fastrnn import ops
-
-# Inside this module states are a sequence, h or (h, c); `hx` is what the user sees, a tensor or a pair.
-States = Sequence[Tensor]
-Device = torch.device | str | int | None
+from fastrnn.options import RecurrentOptions
+from fastrnn.stack import Device, LayerStack, States
 
 
-def is_tracing() -> bool:
-    """Whether torch.jit.trace runs. Sizes are tensors then, and a check of them is recorded as a constant."""
-    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
-
-
-def as_hx(states: States) -> Any:
-    """The form in which the user sees states."""
-    return states[0] if len(states) == 1 else tuple(states)
-
-
-def read_weights(module: nn.Module, names: Iterable[str]) -> list[Any]:
-    """The current weights of these names, None where there is none."""
-    parameters = module._parameters  # a look here first saves most of the time of Module.__getattr__
-    return [parameters[name] if name in parameters else getattr(module, name, None) for name in names]
-
-
-def check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> None:
-    """Raises unless all are tensors with the device and the dtype of the input."""
-    device, dtype = input.device, input.dtype
-    for tensor in tensors:
-        if tensor is None:
-            raise TypeError(f"expected {kind} to be a Tensor, but got NoneType")
-        if tensor.device != device:
-            raise RuntimeError(
-                f"Input and {kind} tensors are not at the same device, "
-                f"found input tensor at {device} and {kind} tensor at {tensor.device}"
-            )
-        if tensor.dtype != dtype:
-            raise RuntimeError(
-                f"Input and {kind} tensors are not the same dtype, "
-                f"found input tensor with {dtype} and {kind} tensor with {tensor.dtype}"
-            )
-
-
-def call_autocast(
-    run: Callable[..., Sequence[Tensor]],
-    promotes: Sequence[bool],
-    input: Tensor,
-    weights: Sequence[Tensor | None],
-    states: States | None,
-) -> Sequence[Tensor]:
-    """Calls run(input, weights, states), in the dtype that autocast asks for where it is on.
-
-    CPU autocast of torch.nn returns in the wider dtype what is carried from step to step by elementwise arithmetic, the
-    h of a GRU and mostly the c of an LSTM. `promotes` tells for each result whether it is so.
-    """
-    if not torch._C._is_any_autocast_enabled():  # RNNBase asks it too; the public way takes four times as long
-        return run(input, weights, states)
-    device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return run(input, weights, states)
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(tensor: Any) -> Any:
-        is_eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if is_eligible else tensor
-
-    carried = torch.promote_types(dtype, input.dtype if states is None else states[-1].dtype)
-    states = states if states is None else [cast(state) for state in states]
-    with torch.autocast(device, enabled=False):  # the products inside an op are none of autocast's business
-        results = run(cast(input), [cast(weight) for weight in weights], states)
-    if device != "cpu" or results[0].dtype != dtype:
-        return results
-    return [result.to(carried) if promote else result for result, promote in zip(results, promotes, strict=True)]
-
-
-class _LayerStack(nn.RNNBase):
-    """What RNN, GRU and LSTM share: the forms of the input, the checks, the loop over layers and directions.
-
-    The hidden state is one tensor here. LSTM, which has two, overrides the methods that look inside it.
-    """
-
-    _dim_error: str  # what torch.nn says of input with neither two nor three dimensions
-
-    def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-        """Runs one direction of one layer: the output, and the states after the last step."""
-        raise NotImplementedError
-
-    def _promotes(self, packed: bool) -> tuple[bool, ...]:
-        """For the output and each state, what `call_autocast` asks."""
-        raise NotImplementedError
-
-    @property
-    def _flat_weights(self) -> list[Any]:
-        # RNNBase keeps a list, which goes stale when a weight is replaced behind its back. A view cannot.
-        return read_weights(self, self._flat_weights_names)
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: list[Any]) -> None:
-        pass
-
-    def flatten_parameters(self) -> None:
-        """Does nothing: the kernels take the weights where they are."""
-
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        """Runs all layers. What goes in and what comes out is said at the class."""
-        if isinstance(input, PackedSequence):
-            data, batch_sizes, sorted_indices, unsorted_indices = input
-            if hx is not None:
-                hx = self.permute_hidden(hx, sorted_indices)
-            output, hx = self._run(data, hx, batch_sizes)
-            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            return packed, self.permute_hidden(hx, unsorted_indices)
-
-        dim = input.dim()
-        if dim not in (2, 3):
-            raise ValueError(self._dim_error.format(dim))
-        if hx is not None:
-            self._check_hx_dim(hx, dim)
-        if dim == 3:
-            return self._run(input, hx)
-        batch_dim = 0 if self.batch_first else 1
-        if hx is not None:
-            hx = as_hx([state.unsqueeze(1) for state in self._states(hx)])
-        output, hx = self._run(input.unsqueeze(batch_dim), hx)
-        return output.squeeze(batch_dim), as_hx([state.squeeze(1) for state in self._states(hx)])
-
-    def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None) -> tuple[Tensor, Any]:
-        if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
-            self.check_input(input, batch_sizes)
-            if hx is not None and batch_sizes is not None:  # the graph's data, known when it runs
-                rows_fit = batch_sizes[0] == self._states(hx)[0].size(1)
-                torch._assert_async(rows_fit, "Expected hidden to have as many rows as there are sequences")
-        else:
-            self.check_forward_args(input, hx, batch_sizes)
-        batch_first = self.batch_first and batch_sizes is None
-        if batch_first:
-            input = input.transpose(0, 1)
-        if batch_sizes is None and not is_tracing() and input.size(0) == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-
-        run = partial(self._run_layers, batch_sizes=batch_sizes)
-        states = None if hx is None else self._states(hx)
-        promotes = self._promotes(batch_sizes is not None)
-        output, *states = call_autocast(run, promotes, input, self._flat_weights, states)
-        return output.transpose(0, 1) if batch_first else output, as_hx(states)
-
-    def _run_layers(
-        self, input: Tensor, weights: list[Tensor], states: States | None, batch_sizes: Tensor | None
-    ) -> list[Tensor]:
-        """The output of the last layer, then the final states: (L*D, B, H_out), of an LSTM also (L*D, B, H)."""
-        directions = 2 if self.bidirectional else 1
-        runs = self.num_layers * directions
-        if states is None:
-            batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
-            initial = [self._zeros(input, batch)] * runs
-        else:
-            check_alike(input, "hidden", states)
-            initial = list(zip(*(state.unbind() for state in states), strict=True))
-        check_alike(input, "parameter", weights)
-
-        per_run = len(weights) // runs
-        final: list[list[Tensor]] = []
-        for layer in range(self.num_layers):
-            outputs = []
-            for direction in range(directions):
-                run = layer * directions + direction
-                w_ih, w_hh, *rest = weights[run * per_run : (run + 1) * per_run]
-                b_ih, b_hh = rest[:2] if self.bias else (None, None)
-                projection = {"w_hr": rest[-1]} if self.proj_size > 0 else {}
-                output, *last = self._op(
-                    *(input, w_ih, w_hh, b_ih, b_hh, *initial[run]),
-                    batch_sizes=batch_sizes,
-                    reverse=direction == 1,
-                    **projection,
-                )
-                outputs.append(output)
-                final.append(last)
-            input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-            if self.dropout > 0 and self.training and layer < self.num_layers - 1:
-                input = torch.dropout(input, self.dropout, True)
-        if runs == 1:
-            return [input, *(state.unsqueeze(0) for state in final[0])]
-        return [input, *(torch.stack(state) for state in zip(*final, strict=True))]
-
-    def _zeros(self, input: Tensor, batch: int) -> States:
-        """The initial states of one direction of one layer."""
-        return (input.new_zeros(batch, self.hidden_size),)
-
-    def _states(self, hx: Any) -> States:
-        return (hx,)
-
-    def _check_hx_dim(self, hx: Any, dim: int) -> None:
-        if hx.dim() != dim:
-            form = "batched" if dim == 3 else "unbatched"
-            raise RuntimeError(f"For {form} {dim}-D input, hx should also be {dim}-D but got {hx.dim()}-D tensor")
-
-
-def _refuse_projection(options: dict[str, Any]) -> None:
+def _check_options(options: RecurrentOptions) -> None:
     if "proj_size" in options:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    for name in options:
+        if name not in RecurrentOptions.__annotations__:
+            raise TypeError(f"RNNBase.__init__() got an unexpected keyword argument '{name}'")
 
 
-class RNN(_LayerStack):
+class RNN(LayerStack):
     """Drop-in for torch.nn.RNN: same arguments, weights, outputs and errors.
 
     For each layer, from the first step to the last, in the other direction from the last to the first::
@@ -224,13 +33,17 @@ class RNN(_LayerStack):
         h = tanh(W_ih x + b_ih + W_hh h + b_hh)
 
     where x is the input, above the first layer the output of the layer below after dropout, and relu takes the place of
-    tanh where `nonlinearity` says so.
+    tanh where `nonlinearity` says so. Beyond torch.nn: nonlinearity="leaky_relu", with the slope 0.01, and
+    `fastrnn.options.RecurrentOptions`.
 
     A call takes `input` and optionally `h_0`, zero by default, and returns `output, h_n`:
 
     * input: (T, B, I), with `batch_first` (B, T, I), unbatched (T, I), or a PackedSequence
     * h_0, h_n: (L*D, B, H)
     * output: in the form of the input, with D*H features
+    * lengths: (B,) integers from 0 to T, in any order: the true lengths of padded sequences. Output past the end is
+      zero, h_n is that of the true end, and the cost is that of the true steps
+    * reset: bool (T, B), with `batch_first` (B, T): where it is true the sequence begins anew, from zero states
 
     Differences: `flatten_parameters` has nothing to do; autocast to bfloat16 stays bfloat16 on CUDA; complex weights
     are refused; torch.jit.script does not compile it (torch.jit.trace, torch.compile and torch.export do).
@@ -255,19 +68,20 @@ class RNN(_LayerStack):
         bidirectional: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
-        **unsupported: Any,
+        **options: Unpack[RecurrentOptions],
     ) -> None:
-        """Takes what torch.nn.RNN takes."""
-        _refuse_projection(unsupported)
-        if nonlinearity not in ("tanh", "relu"):
+        """Takes what torch.nn.RNN takes, nonlinearity "leaky_relu", and `fastrnn.options.RecurrentOptions`."""
+        _check_options(options)
+        if nonlinearity not in ("tanh", "relu", "leaky_relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
-        options = {"device": device, "dtype": dtype, **unsupported}
         super().__init__(
-            f"RNN_{nonlinearity.upper()}",
+            "RNN_RELU" if nonlinearity == "leaky_relu" else f"RNN_{nonlinearity.upper()}",
             *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
-            **options,
+            device=device,
+            dtype=dtype,
         )
+        self._set_options(options)
 
     def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         return ops.rnn_layer(*args, nonlinearity=self.nonlinearity, **options)
@@ -276,7 +90,7 @@ class RNN(_LayerStack):
         return False, False
 
 
-class GRU(_LayerStack):
+class GRU(LayerStack):
     """Drop-in for torch.nn.GRU: same arguments, weights, outputs and errors.
 
     For each layer, from the first step to the last, in the other direction from the last to the first::
@@ -286,13 +100,19 @@ class GRU(_LayerStack):
         n = tanh(W_in x + b_in + r (W_hn h + b_hn))
         h = (1 - z) n + z h
 
-    where x is the input, above the first layer the output of the layer below after dropout.
+    where x is the input, above the first layer the output of the layer below after dropout. Beyond torch.nn:
+    `fastrnn.options.RecurrentOptions`, and reset_after=False, the GRU as it was published (Cho et al., 2014), which
+    resets before the product: n = tanh(W_in x + b_in + W_hn (r h) + b_hn). It has no kernel yet and runs
+    `fastrnn.reference`, step by step.
 
     A call takes `input` and optionally `h_0`, zero by default, and returns `output, h_n`:
 
     * input: (T, B, I), with `batch_first` (B, T, I), unbatched (T, I), or a PackedSequence
     * h_0, h_n: (L*D, B, H)
     * output: in the form of the input, with D*H features
+    * lengths: (B,) integers from 0 to T, in any order: the true lengths of padded sequences. Output past the end is
+      zero, h_n is that of the true end, and the cost is that of the true steps
+    * reset: bool (T, B), with `batch_first` (B, T): where it is true the sequence begins anew, from zero states
 
     Differences: `flatten_parameters` has nothing to do; autocast to bfloat16 stays bfloat16 on CUDA; complex weights
     are refused; torch.jit.script does not compile it (torch.jit.trace, torch.compile and torch.export do).
@@ -316,23 +136,31 @@ class GRU(_LayerStack):
         bidirectional: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
-        **unsupported: Any,
+        *,
+        reset_after: bool = True,
+        **options: Unpack[RecurrentOptions],
     ) -> None:
-        """Takes what torch.nn.GRU takes."""
-        _refuse_projection(unsupported)
-        options = {"device": device, "dtype": dtype, **unsupported}
+        """Takes what torch.nn.GRU takes, `reset_after` and `fastrnn.options.RecurrentOptions`."""
+        _check_options(options)
+        if not reset_after:
+            self.reset_after = False
         super().__init__(
-            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, **options
+            *("GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
+            device=device,
+            dtype=dtype,
         )
+        self._set_options(options)
+
+    reset_after: bool = True  # of a module that was torch.nn's when it was made
 
     def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-        return ops.gru_layer(*args, **options)
+        return ops.gru_layer(*args, reset_after=self.reset_after, **options)
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:
         return True, True
 
 
-class LSTM(_LayerStack):
+class LSTM(LayerStack):
     """Drop-in for torch.nn.LSTM: same arguments, weights, outputs and errors.
 
     For each layer, from the first step to the last, in the other direction from the last to the first::
@@ -344,7 +172,14 @@ class LSTM(_LayerStack):
         c = f c + i g
         h = o tanh(c), with a projection W_hr (o tanh(c))
 
-    where x is the input, above the first layer the output of the layer below after dropout.
+    where x is the input, above the first layer the output of the layer below after dropout. Beyond torch.nn:
+
+    * coupled=True: i = 1 - f, weights for three gates f, g, o (Greff et al., "LSTM: a search space odyssey", 2017)
+    * peephole=True: the gates i and f see w_i c and w_f c, o sees w_o c of the new c, through weight_peephole_l[k], the
+      blocks i, f, o: (3*H,) (Gers et al., "Learning precise timing with LSTM recurrent networks", 2002)
+    * forget_bias: what the two biases of the forget gate add up to at first (Jozefowicz et al., "An empirical
+      exploration of recurrent network architectures", 2015: 1)
+    * `fastrnn.options.RecurrentOptions`
 
     A call takes `input` and optionally `(h_0, c_0)`, zero by default, and returns `output, (h_n, c_n)`:
 
@@ -352,6 +187,10 @@ class LSTM(_LayerStack):
     * h_0, h_n: (L*D, B, H_out)
     * c_0, c_n: (L*D, B, H)
     * output: in the form of the input, with D*H_out features
+    * lengths: (B,) integers from 0 to T, in any order: the true lengths of padded sequences. Output past the end is
+      zero, h_n and c_n are those of the true end, and the cost is that of the true steps
+    * reset: bool (T, B), with `batch_first` (B, T): where it is true the sequence begins anew, from zero states
+    * return_cell_states: with it c of every step, (T, B, D*H) of the last layer, is returned third
 
     Differences: `flatten_parameters` has nothing to do; autocast to bfloat16 stays bfloat16 on CUDA; complex weights
     are refused; torch.jit.script does not compile it (torch.jit.trace, torch.compile and torch.export do).
@@ -381,16 +220,83 @@ class LSTM(_LayerStack):
         proj_size: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        coupled: bool = False,
+        peephole: bool = False,
+        forget_bias: float | None = None,
+        **options: Unpack[RecurrentOptions],
     ) -> None:
-        """Takes what torch.nn.LSTM takes."""
+        """Takes what torch.nn.LSTM takes, `fastrnn.options.RecurrentOptions`, and what the class says."""
+        _check_options(options)
+        if coupled and peephole:
+            raise ValueError("expected coupled and peephole not both to be True")
+        if forget_bias is not None and not bias:
+            raise ValueError("expected bias=True where forget_bias is given, got False")
+        if coupled and proj_size > 0:
+            raise ValueError("expected coupled=False with proj_size, got True")
+        if coupled:
+            self.coupled = True
+        if forget_bias is not None:
+            self.forget_bias = forget_bias
+        # RNNBase counts the gates by its mode.
         super().__init__(
-            *("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size),
+            "GRU" if coupled else "LSTM",
+            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size),
             device=device,
             dtype=dtype,
         )
+        self.mode = "LSTM"
+        if peephole:
+            self.peephole = True
+            for names in self._all_weights:
+                name = names[0].replace("weight_ih", "weight_peephole")
+                self.register_parameter(name, nn.Parameter(torch.empty(3 * hidden_size, device=device, dtype=dtype)))
+                names.append(name)
+            self._flat_weights_names = [name for names in self._all_weights for name in names]
+            self._init_flat_weights()
+            self.reset_parameters()
+        self._set_options(options)
+
+    # Of a module that was torch.nn's when it was made.
+    coupled: bool = False
+    peephole: bool = False
+    forget_bias: float | None = None
+
+    def reset_parameters(self) -> None:
+        """Draws the weights as torch.nn does, and sets the biases of the forget gate where `forget_bias` says so."""
+        super().reset_parameters()
+        if self.forget_bias is None:
+            return
+        first = 0 if self.coupled else self.hidden_size
+        for name, parameter in self.named_parameters():
+            if name.startswith("bias"):
+                with torch.no_grad():
+                    parameter[first : first + self.hidden_size] = self.forget_bias if name.startswith("bias_ih") else 0
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        return_cell_states: bool = False,
+    ) -> tuple[Any, ...]:
+        """Runs all layers. What goes in and what comes out is said at the class."""
+        controls = self._sequence_controls(input, lengths, reset)
+        if not return_cell_states:
+            output, hx, _ = self._forward(input, hx, controls)
+            return output, hx
+        if isinstance(input, PackedSequence):
+            raise ValueError("expected return_cell_states=False with a PackedSequence, got True: see lengths")
+        return self._forward(input, hx, controls | {"return_cells": True})
 
     def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-        return ops.lstm_layer(*args, **options)
+        return ops.lstm_layer(*args, coupled=self.coupled, **options)
+
+    def _further_weights(self, weights: list[Tensor]) -> dict[str, Tensor]:
+        named = super()._further_weights(weights)
+        return named | {"w_peephole": weights[-1]} if self.peephole else named
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:
         # torch has a kernel of its own for LSTM only where neither is the case, and the projection is a product.
@@ -416,3 +322,92 @@ class LSTM(_LayerStack):
             raise RuntimeError(
                 f"For {form} {dim}-D input, hx and cx should also be {dim}-D but got ({h_dim}-D, {c_dim}-D) tensors"
             )
+
+
+class SLSTM(LayerStack):
+    """The sLSTM of Beck et al., "xLSTM: extended long short-term memory", 2024, as a layer like LSTM.
+
+    For each layer, from the first step to the last, in the other direction from the last to the first::
+
+        z = tanh(W_iz x + b_iz + W_hz h + b_hz)
+        o = sigmoid(W_io x + b_io + W_ho h + b_ho)
+        m' = max(log f + m, i)  with i = W_ii x + b_ii + W_hi h + b_hi, f = sigmoid(W_if x + b_if + W_hf h + b_hf)
+        c = exp(log f + m - m') c + exp(i - m') z
+        n = exp(log f + m - m') n + exp(i - m')
+        h = o c / n
+
+    where x is the input, above the first layer the output of the layer below after dropout. The exponential input gate
+    lets a step replace what is stored; m, which has no gradient, keeps it in range. One head: W_h* are full matrices.
+    The rows of the weights are those of the gates i, f, z, o. The block of the paper around it (normalisation,
+    convolution, projections) is the user's.
+
+    A call takes `input` and optionally the states `(h, c, n, m)`, zero by default, which means that nothing is stored,
+    and returns `output, (h, c, n, m)`:
+
+    * input: (T, B, I), with `batch_first` (B, T, I), unbatched (T, I), or a PackedSequence
+    * h, c, n, m: (L*D, B, H)
+    * output: in the form of the input, with D*H features
+    * lengths, reset: as of `LSTM`
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For an option out of its range, or an input of the wrong dtype or dimension.
+        RuntimeError: For sizes, dtypes or devices that do not fit.
+    """
+
+    _dim_error = "SLSTM: Expected input to be 2D or 3D, got {}D instead"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[RecurrentOptions],
+    ) -> None:
+        """Takes the arguments of LSTM but proj_size, and `fastrnn.options.RecurrentOptions` but zoneout."""
+        _check_options(options)
+        super().__init__(
+            *("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
+            device=device,
+            dtype=dtype,
+        )
+        self._set_options(options)
+        if self.options.zoneouts != (0, 0):
+            raise ValueError(f"expected zoneout to be 0 for SLSTM, got {self.options.zoneout}")
+
+    def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        c0 = torch.stack(args[6:])
+        output, h_n, others = ops.slstm_layer(*args[:6], c0, **options)  # type: ignore[call-arg]
+        return output, h_n, *others.unbind()
+
+    def _promotes(self, packed: bool) -> tuple[bool, ...]:
+        return (False,) * 5
+
+    def _zeros(self, input: Tensor, batch: int) -> States:
+        return (input.new_zeros(batch, self.hidden_size),) * 4
+
+    def _states(self, hx: Any) -> States:
+        if isinstance(hx, Tensor) or len(hx) != 4:
+            got = "a Tensor" if isinstance(hx, Tensor) else f"{len(hx)} states"
+            raise TypeError(f"expected the states of SLSTM to be a tuple (h, c, n, m), got {got}")
+        return hx  # type: ignore[no-any-return]
+
+    def _check_hx_dim(self, hx: Any, dim: int) -> None:
+        for state in self._states(hx):
+            super()._check_hx_dim(state, dim)
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """Raises unless input and states fit the module."""
+        self.check_input(input, batch_sizes)
+        for state in self._states(hidden):
+            self.check_hidden_size(state, self.get_expected_hidden_size(input, batch_sizes))
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """The states of the sequences in another order."""
+        return hx if permutation is None else tuple(state.index_select(1, permutation) for state in self._states(hx))

@@ -71,6 +71,7 @@ def rnn_layer(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     nonlinearity: str = "tanh",
+    recompute: bool = False,
     **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor]:
     r"""Runs one RNN layer in one direction over a sequence.
@@ -90,6 +91,7 @@ def rnn_layer(
         batch_sizes: Packed layout: rows alive at each step, (T,) int64 on the CPU, not increasing.
         reverse: Run from t = T-1 down to 0; ``output[t]`` still belongs to ``input[t]``.
         nonlinearity: ``"tanh"``, ``"relu"`` or ``"leaky_relu"`` with the slope 0.01.
+        recompute: Whether backward runs the layer again in place of keeping its gates.
         controls: See `Controls`.
 
     Returns:
@@ -108,7 +110,9 @@ def rnn_layer(
             f"fastrnn::rnn_layer: expected nonlinearity 'tanh', 'relu' or 'leaky_relu', got {nonlinearity!r}"
         )
     arguments = (input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
-    output, h_n, *_ = _RNN[nonlinearity](*arguments, controls=_control_arguments("rnn_layer", controls, Controls))
+    output, h_n, *_ = _RNN[nonlinearity](
+        *arguments, controls=_control_arguments("rnn_layer", controls, Controls), recompute=recompute
+    )
     return output, h_n
 
 
@@ -120,8 +124,10 @@ def gru_layer(
     b_hh: Tensor | None,
     h0: Tensor,
     *,
+    reset_after: bool = True,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
+    recompute: bool = False,
     **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor]:
     r"""Runs one GRU layer in one direction over a sequence.
@@ -134,10 +140,23 @@ def gru_layer(
         n = tanh(xn + r * hn)
         h = (1 - z) * n + z * h
 
-    The equation is that of `torch.nn.GRU`. Arguments, results and errors are those of `rnn_layer`, with G = 3.
+    The equation is that of `torch.nn.GRU`. With ``reset_after=False`` it is that of Cho et al., "Learning phrase
+    representations using RNN encoder-decoder", 2014: ``n = tanh(xn + (r * h) @ w_hn.T + b_hn)``; this form has no
+    kernel yet, and runs `fastrnn.reference` step by step. Arguments, results and errors are those of `rnn_layer`, with
+    G = 3.
     """
+    if not reset_after:
+        return reference.gru_layer(
+            *(input, w_ih, w_hh, b_ih, b_hh, h0),
+            reset_after=False,
+            batch_sizes=batch_sizes,
+            reverse=reverse,
+            **controls,
+        )
     arguments = (input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
-    output, h_n, *_ = _GRU(*arguments, controls=_control_arguments("gru_layer", controls, Controls))
+    output, h_n, *_ = _GRU(
+        *arguments, controls=_control_arguments("gru_layer", controls, Controls), recompute=recompute
+    )
     return output, h_n
 
 
@@ -155,6 +174,7 @@ def lstm_layer(
     w_peephole: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
+    recompute: bool = False,
     **controls: Unpack[CellStateControls],
 ) -> tuple[Tensor, ...]:
     r"""Runs one LSTM layer in one direction over a sequence.
@@ -181,6 +201,7 @@ def lstm_layer(
             added ``w_o * c`` of the new c (Gers et al., "Learning precise timing with LSTM recurrent networks", 2002).
         batch_sizes: (T,), or None.
         reverse: Run from the last step to the first.
+        recompute: As of `rnn_layer`.
         controls: See `CellStateControls`.
 
     Returns:
@@ -193,7 +214,9 @@ def lstm_layer(
         raise ValueError("fastrnn::lstm_layer: expected coupled=False where w_peephole is given, got True")
     operator = _LSTM_COUPLED if coupled else _LSTM if w_peephole is None else _LSTM_PEEPHOLE
     arguments = (input, w_ih, w_hh, b_ih, b_hh, w_hr, w_peephole, h0, c0, batch_sizes, reverse)
-    results = operator(*arguments, controls=_control_arguments("lstm_layer", controls, CellStateControls))
+    results = operator(
+        *arguments, controls=_control_arguments("lstm_layer", controls, CellStateControls), recompute=recompute
+    )
     return results[: 4 if controls and controls.get("return_cells") else 3]
 
 
@@ -208,6 +231,7 @@ def slstm_layer(
     *,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
+    recompute: bool = False,
     **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Runs one sLSTM layer in one direction over a sequence.
@@ -230,7 +254,9 @@ def slstm_layer(
         ``output`` (T, B, H) or packed (N, H), ``h_n`` (B, H) and ``c_n`` (3, B, H).
     """
     arguments = (input, w_ih, w_hh, b_ih, b_hh, None, None, h0, c0, batch_sizes, reverse)
-    output, h_n, c_n, *_ = _SLSTM(*arguments, controls=_control_arguments("slstm_layer", controls, Controls))
+    output, h_n, c_n, *_ = _SLSTM(
+        *arguments, controls=_control_arguments("slstm_layer", controls, Controls), recompute=recompute
+    )
     return output, h_n, c_n
 
 

@@ -45,6 +45,20 @@ def gru_cell(gx: Tensor, gh: Tensor, states: States) -> States:
     return ((1 - z) * n + z * h,)
 
 
+def gru_before_cell(gx: Tensor, h: Tensor, states: States, w_hh: Tensor, b_hh: Tensor | None) -> States:
+    """Computes the GRU that resets before the product: n = tanh(gx + W_hn (r h) + b_hn) (Cho et al., 2014).
+
+    Takes h, as the products read it, in place of its share of the gates.
+    """
+    w_r, w_z, w_n = w_hh.chunk(3)
+    b_r, b_z, b_n = (None,) * 3 if b_hh is None else b_hh.chunk(3)
+    gx_r, gx_z, gx_n = gx.chunk(3, -1)
+    r = torch.sigmoid(gx_r + linear(h, w_r, b_r))
+    z = torch.sigmoid(gx_z + linear(h, w_z, b_z))
+    n = torch.tanh(gx_n + linear(r * h, w_n, b_n))
+    return ((1 - z) * n + z * states[0],)
+
+
 def lstm_gates(gx: Tensor, gh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes i, f, o = sigmoid(gx + gh); g = tanh(gx + gh)."""
     i, f, g, o = (gx + gh).chunk(4, -1)
@@ -126,6 +140,7 @@ def _run(
     b_hh: Tensor | None,
     states: States,
     *,
+    makes_products: bool = False,
     w_hr: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
@@ -136,7 +151,10 @@ def _run(
     grad_clip: float = 0.0,
     zone_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, States]:
-    """Steps a cell through time. Returns h and c (if there is one) after every step, and the states after the last."""
+    """Steps a cell through time. Returns h and c (if there is one) after every step, and the states after the last.
+
+    A cell that `makes_products` itself gets h in place of its share of the gates.
+    """
 
     def steps_of(rows: Tensor) -> Sequence[Tensor]:
         return rows.unbind() if batch_sizes is None else torch.split(rows, batch_sizes.tolist())
@@ -156,7 +174,7 @@ def _run(
         if grad_clip > 0:
             active = tuple(_ClipGradient.apply(state, grad_clip) for state in active)  # type: ignore[no-untyped-call]
         h = active[0] if h_mask is None else active[0] * h_mask[: len(gx)]
-        new = list(cell(gx, linear(h, w_hh, b_hh), active))
+        new = list(cell(gx, h if makes_products else linear(h, w_hh, b_hh), active))
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
         for k, zone in enumerate(zones):
@@ -212,14 +230,29 @@ def gru_layer(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     h0: Tensor,
+    *,
+    reset_after: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Runs one direction of one GRU layer; see `lstm_layer` for the arguments.
 
+    Args:
+        input: (T, B, I), or packed (N, I).
+        w_ih: (3*H, I), or None.
+        w_hh: (3*H, H).
+        b_ih: (3*H,), or None.
+        b_hh: (3*H,), or None.
+        h0: (B, H).
+        reset_after: Whether r multiplies after the product, `gru_cell`, or before it, `gru_before_cell`.
+        options: As of `lstm_layer`.
+
     Returns:
         output (T, B, H), or packed (N, H), and h_n (B, H).
     """
-    output, _, (h_n,) = _run(gru_cell, input, w_ih, w_hh, b_ih, b_hh, (h0,), **options)
+    cell: Cell = gru_cell
+    if not reset_after:
+        cell, options = partial(gru_before_cell, w_hh=w_hh, b_hh=b_hh), options | {"makes_products": True}
+    output, _, (h_n,) = _run(cell, input, w_ih, w_hh, b_ih, b_hh, (h0,), **options)
     return output, h_n
 
 

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What RNN, GRU and LSTM offer beyond torch.nn: regularisers, gradient control and recomputation.
+
+Letters in shapes as in `fastrnn.modules`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+Layer = Callable[..., tuple[Tensor, ...]]
+
+
+class RecurrentOptions(TypedDict, total=False):
+    """Keyword arguments of RNN, GRU and LSTM that torch.nn has not.
+
+    Attributes:
+        recurrent_dropout: Probability, in [0, 1), that a unit of h is left out of the recurrent product, scaled by
+            1 / (1 - p): one mask per sequence, the same at every step (Gal and Ghahramani, "A theoretically grounded
+            application of dropout in recurrent neural networks", 2016). In training.
+        zoneout: Probability, in [0, 1), that a unit keeps its state for a step: of h, or for LSTM of (h, c) (Krueger et
+            al., "Zoneout", 2017). In evaluation the states are mixed with that share. Not with a projection for h.
+        weight_dropout: Probability, in [0, 1), that an element of the recurrent weights is left out, scaled likewise:
+            one mask per call (DropConnect; Merity et al., "Regularizing and optimizing LSTM language models", 2018).
+            In training.
+        grad_clip: The gradient that a step hands on to the states before it is clamped, elementwise, to
+            [-grad_clip, grad_clip]. None: not at all.
+        checkpoint: Backward runs the layer again, that many steps at a time, in place of keeping its gates: it keeps
+            the output and one chunk of gates. None: it keeps all.
+
+    Masks are drawn from torch's generator of the device: torch.manual_seed makes them reproducible.
+    """
+
+    recurrent_dropout: float
+    zoneout: float | tuple[float, float]
+    weight_dropout: float
+    grad_clip: float | None
+    checkpoint: int | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """`RecurrentOptions`, checked."""
+
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    weight_dropout: float = 0.0
+    grad_clip: float | None = None
+    checkpoint: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where an option is out of its range."""
+        rates = {"recurrent_dropout": (self.recurrent_dropout,), "weight_dropout": (self.weight_dropout,)}
+        for name, values in (rates | {"zoneout": self.zoneouts}).items():
+            for value in values:
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                    raise ValueError(f"expected {name} to be a number in range [0, 1), got {value!r}")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ValueError(f"expected grad_clip to be positive or None, got {self.grad_clip!r}")
+        if self.checkpoint is not None and (not isinstance(self.checkpoint, int) or self.checkpoint < 1):
+            raise ValueError(f"expected checkpoint to be a positive number of steps or None, got {self.checkpoint!r}")
+
+    @property
+    def zoneouts(self) -> tuple[float, float]:
+        """The rates for h and c."""
+        both = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+        if len(both) != 2:
+            raise ValueError(f"expected zoneout to be a number or two, for h and c, got {self.zoneout!r}")
+        return both
+
+    def controls(self, input: Tensor, h0: Tensor, hidden: int, states: int, training: bool) -> dict[str, Any]:
+        """What the options ask of one run of one layer: arguments of `fastrnn.ops`.
+
+        Args:
+            input: (T, B, I) or packed (N, I).
+            h0: (B, H_out).
+            hidden: H.
+            states: 2 where there is a c.
+            training: Whether masks are drawn.
+        """
+        controls: dict[str, Any] = {}
+        if training and self.recurrent_dropout > 0:
+            controls["h_mask"] = torch.dropout(torch.ones_like(h0), self.recurrent_dropout, True)
+        for name, rate in list(zip(("zone_h", "zone_c"), self.zoneouts, strict=True))[:states]:
+            if rate == 0:
+                continue
+            if training:
+                controls[name] = input.new_empty(*input.shape[:-1], hidden).bernoulli_(rate)
+            else:
+                controls[name] = input.new_full((1,), rate)
+        if self.grad_clip is not None:
+            controls["grad_clip"] = self.grad_clip
+        return controls
+
+    def run(
+        self, layer: Layer, input: Tensor, weights: Sequence[Any], states: Sequence[Tensor], **arguments: Any
+    ) -> Any:
+        """Runs a layer, in chunks of `checkpoint` steps where that is asked for."""
+        if self.checkpoint is None or not torch.is_grad_enabled():
+            return layer(input, *weights, *states, **arguments)
+        return _run_in_chunks(layer, self.checkpoint, input, weights, states, **arguments)
+
+
+NO_OPTIONS = Options()
+
+
+def _run_in_chunks(
+    layer: Layer,
+    steps: int,
+    input: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    **arguments: Any,
+) -> tuple[Tensor, ...]:
+    T = input.size(0) if batch_sizes is None else batch_sizes.size(0)
+    ends = [0, *(range(T) if batch_sizes is None else batch_sizes.cumsum(0).tolist())]  # rows before each step
+    by_step = {name: arguments.pop(name) for name in ("reset", "zone_h", "zone_c") if arguments.get(name) is not None}
+    lengths = arguments.pop("lengths", None)
+    with_cells = arguments.get("return_cells", False)
+    chunks = [(begin, min(begin + steps, T)) for begin in range(0, T, steps)]
+    results: list[list[Tensor]] = []
+    for begin, end in reversed(chunks) if reverse else chunks:
+        rows = slice(begin, end) if batch_sizes is None else slice(ends[begin], ends[end])
+        if lengths is not None:
+            arguments["lengths"] = (lengths - begin).clamp(0, end - begin)
+        output, *rest = layer(
+            *(input[rows], *weights, *states),
+            batch_sizes=None if batch_sizes is None else batch_sizes[begin:end],
+            reverse=reverse,
+            recompute=True,
+            **arguments,
+            **{name: value if value.dim() == 1 and name != "reset" else value[rows] for name, value in by_step.items()},
+        )
+        states, cells = rest[: len(states)], rest[len(states) :]
+        results.append([output, *cells])
+    if reverse:
+        results.reverse()
+    output, *cells = (torch.cat(parts) for parts in zip(*results, strict=True))
+    return (output, *states, *(cells if with_cells else ()))

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the modules share: torch.nn's forms of input and errors, and the loop over layers and directions.
+
+Weights are read from their attributes at every call, so whatever replaces them takes effect: parametrizations,
+pruning, `torch.func.functional_call`, plain assignment.
+
+Letters in shapes: T time, B batch, I input_size, H hidden_size, P proj_size, H_out = P with a projection and H without,
+L num_layers, D directions. Without a batch B is left out.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.options import NO_OPTIONS, Options, RecurrentOptions
+
+# Inside this module states are a sequence, h or (h, c); `hx` is what the user sees, a tensor or a pair.
+States = Sequence[Tensor]
+Device = torch.device | str | int | None
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace runs. Sizes are tensors then, and a check of them is recorded as a constant."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
+
+
+def as_hx(states: States) -> Any:
+    """The form in which the user sees states."""
+    return states[0] if len(states) == 1 else tuple(states)
+
+
+def read_weights(module: nn.Module, names: Iterable[str]) -> list[Any]:
+    """The current weights of these names, None where there is none."""
+    parameters = module._parameters  # a look here first saves most of the time of Module.__getattr__
+    return [parameters[name] if name in parameters else getattr(module, name, None) for name in names]
+
+
+def check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raises unless all are tensors with the device and the dtype of the input."""
+    device, dtype = input.device, input.dtype
+    for tensor in tensors:
+        if tensor is None:
+            raise TypeError(f"expected {kind} to be a Tensor, but got NoneType")
+        if tensor.device != device:
+            raise RuntimeError(
+                f"Input and {kind} tensors are not at the same device, "
+                f"found input tensor at {device} and {kind} tensor at {tensor.device}"
+            )
+        if tensor.dtype != dtype:
+            raise RuntimeError(
+                f"Input and {kind} tensors are not the same dtype, "
+                f"found input tensor with {dtype} and {kind} tensor with {tensor.dtype}"
+            )
+
+
+def call_autocast(
+    run: Callable[..., Sequence[Tensor]],
+    promotes: Sequence[bool],
+    input: Tensor,
+    weights: Sequence[Tensor | None],
+    states: States | None,
+) -> Sequence[Tensor]:
+    """Calls run(input, weights, states), in the dtype that autocast asks for where it is on.
+
+    CPU autocast of torch.nn returns in the wider dtype what is carried from step to step by elementwise arithmetic, the
+    h of a GRU and mostly the c of an LSTM. `promotes` tells for each result whether it is so.
+    """
+    if not torch._C._is_any_autocast_enabled():  # RNNBase asks it too; the public way takes four times as long
+        return run(input, weights, states)
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return run(input, weights, states)
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Any) -> Any:
+        is_eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if is_eligible else tensor
+
+    carried = torch.promote_types(dtype, input.dtype if states is None else states[-1].dtype)
+    states = states if states is None else [cast(state) for state in states]
+    with torch.autocast(device, enabled=False):  # the products inside an op are none of autocast's business
+        results = run(cast(input), [cast(weight) for weight in weights], states)
+    if device != "cpu" or results[0].dtype != dtype:
+        return results
+    return [result.to(carried) if promote else result for result, promote in zip(results, promotes, strict=True)]
+
+
+class LayerStack(nn.RNNBase):
+    """What RNN, GRU and LSTM share: the forms of the input, the checks, the loop over layers and directions.
+
+    The hidden state is one tensor here. LSTM, which has two, overrides the methods that look inside it.
+    """
+
+    _dim_error: str  # what torch.nn says of input with neither two nor three dimensions
+    options: Options = NO_OPTIONS  # of a module that was torch.nn's when it was made
+
+    def _set_options(self, options: RecurrentOptions) -> None:
+        if options:
+            self.options = Options(**options)
+        if self.proj_size > 0 and self.options.zoneouts[0] > 0:
+            raise ValueError("expected zoneout of h to be 0 with proj_size, got " + str(self.options.zoneouts[0]))
+
+    def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        """Runs one direction of one layer: the output, and the states after the last step."""
+        raise NotImplementedError
+
+    def _promotes(self, packed: bool) -> tuple[bool, ...]:
+        """For the output and each state, what `call_autocast` asks."""
+        raise NotImplementedError
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        # RNNBase keeps a list, which goes stale when a weight is replaced behind its back. A view cannot.
+        return read_weights(self, self._flat_weights_names)
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Any]) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels take the weights where they are."""
+
+    def forward(
+        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Any, Any]:
+        """Runs all layers. What goes in and what comes out is said at the class."""
+        controls = self._sequence_controls(input, lengths, reset)
+        output, hx, _ = self._forward(input, hx, controls)
+        return output, hx
+
+    def _forward(self, input: Any, hx: Any, controls: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """The output, the states, and c of every step where `controls` ask for it."""
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                hx = self.permute_hidden(hx, sorted_indices)
+            output, hx, _ = self._run(data, hx, controls, batch_sizes)
+            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return packed, self.permute_hidden(hx, unsorted_indices), None
+
+        dim = input.dim()
+        if dim not in (2, 3):
+            raise ValueError(self._dim_error.format(dim))
+        if hx is not None:
+            self._check_hx_dim(hx, dim)
+        if dim == 3:
+            return self._run(input, hx, controls)
+        batch_dim = 0 if self.batch_first else 1
+        if hx is not None:
+            hx = as_hx([state.unsqueeze(1) for state in self._states(hx)])
+        output, hx, cells = self._run(input.unsqueeze(batch_dim), hx, controls)
+        cells = None if cells is None else cells.squeeze(batch_dim)
+        return output.squeeze(batch_dim), as_hx([state.squeeze(1) for state in self._states(hx)]), cells
+
+    def _sequence_controls(self, input: Any, lengths: Tensor | None, reset: Tensor | None) -> dict[str, Any]:
+        """Checks what is said of the steps of a sequence, and lays it out as the operators want it."""
+        controls: dict[str, Any] = {}
+        if lengths is None and reset is None:
+            return controls
+        name = "lengths" if lengths is not None else "reset"
+        if isinstance(input, PackedSequence) or input.dim() != 3:
+            form = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D input"
+            raise ValueError(f"expected a batch of sequences, 3-D, where {name} is given, got {form}")
+        T, B = input.shape[1::-1] if self.batch_first else input.shape[:2]
+        if lengths is not None:
+            if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+                raise ValueError(
+                    f"expected lengths to hold {B} integers, one per sequence, got shape {tuple(lengths.shape)}, "
+                    f"{lengths.dtype}"
+                )
+            if lengths.device != input.device:
+                raise ValueError(f"expected lengths on {input.device}, like input, got {lengths.device}")
+            inside = ((lengths >= 0) & (lengths <= T)).all()
+            if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+                if not inside:
+                    raise ValueError(f"expected lengths from 0 to {T}, got {lengths.tolist()}")
+            else:
+                torch._assert_async(inside, f"expected lengths from 0 to {T}")
+            controls["lengths"] = lengths.long()
+        if reset is not None:
+            if reset.shape != input.shape[:2] or reset.dtype != torch.bool:
+                raise ValueError(
+                    f"expected reset to be a bool of shape {tuple(input.shape[:2])}, one per step and sequence like "
+                    f"input, got shape {tuple(reset.shape)}, {reset.dtype}"
+                )
+            if reset.device != input.device:
+                raise ValueError(f"expected reset on {input.device}, like input, got {reset.device}")
+            controls["reset"] = reset.transpose(0, 1) if self.batch_first else reset
+        return controls
+
+    def _run(
+        self, input: Tensor, hx: Any, controls: dict[str, Any], batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
+            self.check_input(input, batch_sizes)
+            if hx is not None and batch_sizes is not None:  # the graph's data, known when it runs
+                rows_fit = batch_sizes[0] == self._states(hx)[0].size(1)
+                torch._assert_async(rows_fit, "Expected hidden to have as many rows as there are sequences")
+        else:
+            self.check_forward_args(input, hx, batch_sizes)
+        batch_first = self.batch_first and batch_sizes is None
+        if batch_first:
+            input = input.transpose(0, 1)
+        if batch_sizes is None and not is_tracing() and input.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+        run = partial(self._run_layers, controls=controls, batch_sizes=batch_sizes)
+        states = None if hx is None else self._states(hx)
+        promotes = self._promotes(batch_sizes is not None)
+        output, *states = call_autocast(run, promotes, input, self._flat_weights, states)
+        cells = states.pop() if controls.get("return_cells") else None
+        if batch_first:
+            output, cells = output.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
+        return output, as_hx(states), cells
+
+    def _run_layers(
+        self,
+        input: Tensor,
+        weights: list[Tensor],
+        states: States | None,
+        controls: dict[str, Any],
+        batch_sizes: Tensor | None,
+    ) -> list[Tensor]:
+        """The output of the last layer, then the final states: (L*D, B, H_out), of an LSTM also (L*D, B, H).
+
+        Where `controls` ask for c of every step, that of the last layer comes last: (T, B, D*H).
+        """
+        directions = 2 if self.bidirectional else 1
+        runs = self.num_layers * directions
+        if states is None:
+            batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
+            initial = [self._zeros(input, batch)] * runs
+        else:
+            check_alike(input, "hidden", states)
+            initial = list(zip(*(state.unbind() for state in states), strict=True))
+        check_alike(input, "parameter", weights)
+
+        per_run = len(weights) // runs
+        final: list[Sequence[Tensor]] = []
+        cells: list[Tensor] = []
+        for layer in range(self.num_layers):
+            outputs, cells = [], []
+            for direction in range(directions):
+                run = layer * directions + direction
+                run_weights = weights[run * per_run : (run + 1) * per_run]
+                output, *last = self._run_layer(
+                    input, run_weights, initial[run], controls, batch_sizes=batch_sizes, reverse=direction == 1
+                )
+                outputs.append(output)
+                final.append(last[: len(initial[run])])
+                cells += last[len(initial[run]) :]
+            input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+            if self.dropout > 0 and self.training and layer < self.num_layers - 1:
+                input = torch.dropout(input, self.dropout, True)
+        joined = [torch.cat(cells, -1)] if cells else []
+        if runs == 1:
+            return [input, *(state.unsqueeze(0) for state in final[0]), *joined]
+        return [input, *(torch.stack(state) for state in zip(*final, strict=True)), *joined]
+
+    def _run_layer(
+        self,
+        input: Tensor,
+        weights: Sequence[Tensor],
+        states: States,
+        controls: dict[str, Any],
+        **where: Any,
+    ) -> tuple[Tensor, ...]:
+        """One direction of one layer: the output, the final states, and c of every step if `controls` ask for it."""
+        w_ih, w_hh, *rest = weights
+        b_ih, b_hh = (rest.pop(0), rest.pop(0)) if self.bias else (None, None)
+        named = self._further_weights(rest)
+        options = self.options
+        if options is NO_OPTIONS and not controls:
+            return self._op(input, w_ih, w_hh, b_ih, b_hh, *states, **named, **where)
+        if self.training and options.weight_dropout > 0:
+            w_hh = torch.dropout(w_hh, options.weight_dropout, True)
+        drawn = options.controls(input, states[0], self.hidden_size, len(states), self.training)
+        if where["reverse"] and "reset" in controls:
+            # A sequence that begins at t ends, seen from behind, at t: the states are reset before t - 1.
+            begins = controls["reset"]
+            controls = controls | {"reset": torch.cat([begins[1:], torch.zeros_like(begins[:1])])}
+        return options.run(self._op, input, (w_ih, w_hh, b_ih, b_hh), states, **where, **named, **controls, **drawn)  # type: ignore[no-any-return]
+
+    def _further_weights(self, weights: list[Tensor]) -> dict[str, Tensor]:
+        """The weights of a run after those of the gates, by the names of the operator."""
+        return {"w_hr": weights[0]} if self.proj_size > 0 else {}
+
+    def _zeros(self, input: Tensor, batch: int) -> States:
+        """The initial states of one direction of one layer."""
+        return (input.new_zeros(batch, self.hidden_size),)
+
+    def _states(self, hx: Any) -> States:
+        return (hx,)
+
+    def _check_hx_dim(self, hx: Any, dim: int) -> None:
+        if hx.dim() != dim:
+            form = "batched" if dim == 3 else "unbatched"
+            raise RuntimeError(f"For {form} {dim}-D input, hx should also be {dim}-D but got {hx.dim()}-D tensor")
