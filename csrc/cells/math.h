@@ -26,21 +26,22 @@ namespace fastrnn {
 template <typename T, int N>
 using Values = T[N > 0 ? N : 1];
 
-// The scalar behind a value type, and the integers of the same width lane by lane.
+// The scalar behind a value type, and unsigned integers for its bits: of them, overflow and shifts are defined whatever
+// the value is, NaN included.
 template <typename T, typename Enable = void>
 struct ValueTraits {  // vectors
   using Scalar = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<T&>()[0])>>;
-  using Int = decltype(std::declval<T>() < std::declval<T>());
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(T))));
 };
 template <>
 struct ValueTraits<float> {
   using Scalar = float;
-  using Int = int32_t;
+  using Bits = uint32_t;
 };
 template <>
 struct ValueTraits<double> {
   using Scalar = double;
-  using Int = int64_t;
+  using Bits = uint64_t;
 };
 
 template <typename To, typename From>
@@ -62,9 +63,9 @@ struct ExpParts {
 
 template <typename T>
 FASTRNN_HD ExpParts<T> exp_parts(T x) {
-  using Int = typename ValueTraits<T>::Int;
+  using Bits = typename ValueTraits<T>::Bits;
   constexpr float kShift = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer held in the low bits
-  constexpr int32_t kShiftBits = 0x4B400000;      // the bits of kShift
+  constexpr uint32_t kShiftBits = 0x4B400000;     // the bits of kShift
   constexpr float kLn2High = 0.693145751953125f;  // 15 bits: n * kLn2High is exact
   constexpr float kLn2Low = 1.42860677e-06f;
   const T shifted = x * 1.44269504f + kShift;
@@ -78,7 +79,7 @@ FASTRNN_HD ExpParts<T> exp_parts(T x) {
   p = p * r + 1.66666667e-01f;
   p = p * r + 0.5f;
   const T m = (r * r) * p + r;
-  const Int exponent = bit_cast<Int>(shifted) - kShiftBits;
+  const Bits exponent = bit_cast<Bits>(shifted) - kShiftBits;
   return {bit_cast<T>((exponent + 127) << 23), m};
 }
 
