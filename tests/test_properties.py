@@ -19,8 +19,8 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 def cases(draw_value, dtypes=DTYPES):
     cell = draw_value(st.sampled_from(list(CELLS)))
     # A gradient of few numbers can cancel to almost nothing, and its relative error then means nothing. Of 4 units relu
-    # may leave one: seen with 2 steps, where a gradient of 1 number was off by 32 roundings, and by 163 in torch.nn when
-    # its arguments were changed by one.
+    # may leave one: with 2 steps, a gradient of 1 number was off by 32 roundings, and by 163 in torch.nn when its
+    # arguments were changed by one.
     H = draw_value(st.integers(16 if cell == "rnn_relu" else 4, 70))  # noqa: N806
     num_layers = draw_value(st.integers(1, 3))
     return Case(
