@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import _C, cells
+from fastrnn import _C, cells, modules
+from fastrnn.options import NO_OPTIONS
 from fastrnn.stack import LayerStack
 
-_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+_KINDS = ("RNN", "GRU", "LSTM")
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
     hidden = options.hidden_size
     projected = hidden if is_cell else options.proj_size or hidden
     layers, directions = (1, 1) if is_cell else (options.num_layers, 1 + options.bidirectional)
-    kind = next(kind for kind in _GATES if kind in name)
+    kind = next(kind for kind in _KINDS if kind in name)
     dtype = _compute_dtype(data)
-    problem: dict[str, Any] = {"T": T, "B": B, "H": hidden, "gates": _GATES[kind]}
+    gates = options.weight_hh.size(0) if is_cell else options.weight_hh_l0.size(0)
+    problem: dict[str, Any] = {"T": T, "B": B, "H": hidden, "gates": gates // hidden}
+    beyond = None if is_cell else _beyond_torch(module)
 
     lines = []
     for layer in range(layers):
@@ -65,12 +68,29 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
         for direction in range(directions):
             label = name if is_cell else f"{name} layer {layer}" + (" reverse" if direction else "")
             sizes = f"T={T} B={B} I={width} H={hidden}" + (f" P={projected}" if projected != hidden else "")
-            if data.device.type == "cuda":
+            if kind == "GRU" and not getattr(module, "reset_after", True):
+                path = "plain torch, step by step (fastrnn.reference): reset_after=False has no kernel yet"
+            elif data.device.type == "cuda" and beyond:
+                path = f"path gates (a matrix product and a fused gate kernel per step): {beyond} is served by it alone"
+            elif data.device.type == "cuda":
                 path = _cuda_path(problem, kind, projected != hidden, dtype, data.device)
             else:
                 path = _cpu_path(problem | {"I": width, "P": projected})
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
     return Explanation(tuple(lines), tuple(_notes(data, dtype)))
+
+
+def _beyond_torch(module: Any) -> str | None:
+    """An option of a module that torch.nn has not, and that the persistent CUDA kernels have not either."""
+    for name in ("coupled", "peephole"):
+        if getattr(module, name, False):
+            return name
+    if isinstance(module, modules.SLSTM):
+        return "SLSTM"
+    if getattr(module, "nonlinearity", "") == "leaky_relu":
+        return "leaky_relu"
+    changing = ("recurrent_dropout", "zoneout", "grad_clip")
+    return next((name for name in changing if getattr(module.options, name) != getattr(NO_OPTIONS, name)), None)
 
 
 def _steps_and_rows(module: Any, input: Tensor | PackedSequence) -> tuple[int, int]:
@@ -121,7 +141,7 @@ def _cuda_path(problem: dict[str, Any], kind: str, projection: bool, dtype: torc
 
 
 def _notes(data: Tensor, dtype: torch.dtype) -> list[str]:
-    notes = []
+    notes = ["lengths= and reset= run the same CPU kernels; on CUDA the path gates alone serves them"]
     if data.device.type not in ("cpu", "cuda"):
         notes.append(f"there is no kernel for {data.device.type}: a call raises")
     if data.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):

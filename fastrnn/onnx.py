@@ -22,24 +22,34 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Raises:
         ImportError: If onnxscript is not installed.
-        NotImplementedError: From the export, for packed input and for projections: ONNX has no form for them.
+        NotImplementedError: From the export, for what ONNX has no form for: packed input, projections, resets, zoneout,
+            masks and the cells that torch.nn has not.
     """
     from onnxscript import opset18
 
     def one_state(name: str, **attributes: Any) -> Callable[..., Any]:
         def translate(  # type: ignore[no-untyped-def]
-            input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes=None, reverse: bool = False, save: bool = False
-        ) -> Sequence[Any]:
-            return _translate(
-                opset18, name, input, (w_ih, w_hh, b_ih, b_hh), (h0,), None, batch_sizes, reverse, attributes
-            )
+            input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes=None, reverse: bool = False, save: bool = False,
+            lengths=None, reset=None, h_mask=None, zone_h=None, grad_clip: float = 0.0,
+        ) -> Sequence[Any]:  # fmt: skip
+            _refuse(name, {"packed input": batch_sizes, "reset": reset, "a mask": h_mask, "zoneout": zone_h})
+            weights = (w_ih, w_hh, b_ih, b_hh)
+            output, h_n, empty = _translate(opset18, name, input, weights, (h0,), lengths, reverse, attributes)
+            return output, h_n, empty, empty
 
         return translate
 
     def lstm(  # type: ignore[no-untyped-def]
-        input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, batch_sizes=None, reverse: bool = False, save: bool = False
-    ) -> Sequence[Any]:
-        return _translate(opset18, "LSTM", input, (w_ih, w_hh, b_ih, b_hh), (h0, c0), w_hr, batch_sizes, reverse, {})
+        input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes=None, reverse: bool = False,
+        save: bool = False, lengths=None, reset=None, h_mask=None, zone_h=None, grad_clip: float = 0.0, zone_c=None,
+        return_cells: bool = False,
+    ) -> Sequence[Any]:  # fmt: skip
+        zone = zone_h if zone_c is None else zone_c
+        refused = {"packed input": batch_sizes, "a projection": w_hr, "reset": reset, "a mask": h_mask, "zoneout": zone}
+        _refuse("LSTM", refused | {"all cell states": return_cells or None})
+        weights = (w_ih, w_hh, b_ih, b_hh)
+        output, h_n, c_n, empty = _translate(opset18, "LSTM", input, weights, (h0, c0), lengths, reverse, {})
+        return output, h_n, c_n, *[empty] * 5
 
     ops = torch.ops.fastrnn
     return {
@@ -56,16 +66,11 @@ def _translate(
     input: Any,
     weights: Sequence[Any],
     states: Sequence[Any],
-    w_hr: Any,
-    batch_sizes: Any,
+    lengths: Any,
     reverse: bool,
     attributes: dict[str, Any],
 ) -> Sequence[Any]:
-    """Writes one operator: output, final states, and an empty tensor for each that is saved for backward."""
-    if batch_sizes is not None:
-        raise NotImplementedError(f"fastrnn: ONNX's {name} takes no packed input; export with padded input")
-    if w_hr is not None:
-        raise NotImplementedError(f"fastrnn: ONNX's {name} has no projection")
+    """Writes one operator: output, final states, and an empty tensor."""
     w_ih, w_hh, *biases = weights
     gates = _GATES[name]
 
@@ -80,12 +85,18 @@ def _translate(
 
     bias = None if biases[0] is None else leading(onnx.Concat(*(reorder(b) for b in biases), axis=0))
     options = {"hidden_size": hidden, "direction": "reverse" if reverse else "forward"} | attributes
-    arguments = (input, leading(reorder(w_ih)), leading(reorder(w_hh)), bias, None, *(leading(s) for s in states))
+    if lengths is not None:
+        lengths = onnx.Cast(lengths, to=6)  # int32
+    arguments = (input, leading(reorder(w_ih)), leading(reorder(w_hh)), bias, lengths, *(leading(s) for s in states))
     output, *final = getattr(onnx, name)(*arguments, **options)
-    saved = {"RNN": 1, "GRU": 1, "LSTM": 3}[name]
-    empty = onnx.ConstantOfShape(onnx.Constant(value_ints=[0]))
     return (
         onnx.Squeeze(output, onnx.Constant(value_ints=[1])),
         *(onnx.Squeeze(state, onnx.Constant(value_ints=[0])) for state in final),
-        *[empty] * saved,
+        onnx.ConstantOfShape(onnx.Constant(value_ints=[0])),
     )
+
+
+def _refuse(name: str, arguments: dict[str, Any]) -> None:
+    for what, argument in arguments.items():
+        if argument is not None:
+            raise NotImplementedError(f"fastrnn: ONNX's {name} has no form for {what}")

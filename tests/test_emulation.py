@@ -65,6 +65,23 @@ def run_operators(
 
 
 @pytest.mark.parametrize(
+    ("variant", "selection"),
+    [
+        ("", ""),
+        pytest.param("address", "forward and not packed", marks=extended),
+        pytest.param("thread", "forward and (gru or peephole) and lengths", marks=extended),
+    ],
+)
+def test_controls(variant, selection):
+    """The tests of lengths, resets, masks and the cells that torch.nn lacks, with the emulated kernels."""
+    library = libraries.build("ops", variant)
+    tests = (ROOT / "tests/test_controls.py", "-k", selection or "test")
+    options = "-q -s -x -p no:cacheprovider -p no:xdist".split()
+    done = start("-m", "pytest", *options, *tests, variant=variant, FASTRNN_LIBRARY=str(library))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
     ("schedule", "seed", "variant", "selection"),
     [
         ("priority", 1, "", ""),

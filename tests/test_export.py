@@ -298,7 +298,22 @@ def test_onnx_refuses_projections():
     module = fastrnn.LSTM(3, 4, proj_size=2).eval()
     with pytest.raises(torch.onnx.OnnxExporterError) as error:
         onnx_export(module, (torch.randn(5, 2, 3),))
-    assert "ONNX's LSTM has no projection" in str(error.value)
+    assert "ONNX's LSTM has no form for a projection" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+@pytest.mark.filterwarnings("ignore")  # of torch.onnx about itself
+def test_onnx_knows_lengths(name, tmp_path):
+    module = getattr(fastrnn, name)(3, 7, bidirectional=True)
+    arguments = {"input": torch.randn(5, 3, 3), "lengths": torch.tensor([2, 5, 1])}
+    onnx_export(module, (), kwargs=arguments).save(tmp_path / "model.onnx")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    feed = {known.name: arguments[known.name].numpy() for known in session.get_inputs()}
+    torch.testing.assert_close(
+        torch.from_numpy(session.run(None, feed)[0]), module(**arguments)[0], rtol=1e-5, atol=1e-6
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
