@@ -11,37 +11,41 @@ Letters in shapes: T time, B batch, I input, H hidden.
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import leaky_relu, linear
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import cells
 from fastrnn.convert import convert, revert
+from fastrnn.options import run_in_chunks
 from fastrnn.stack import LayerStack
 
 # Okabe and Ito's palette, told apart by every common form of colour vision.
 _COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 
-# The gates of each cell in the order of its weights, and the bounds of each activation.
+# The gates of each cell in the order of its weights, and the bounds of each activation. The exponential has none.
 _GATES: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
     "LSTM": {"i": torch.sigmoid, "f": torch.sigmoid, "g": torch.tanh, "o": torch.sigmoid},
+    "coupled LSTM": {"f": torch.sigmoid, "g": torch.tanh, "o": torch.sigmoid},
+    "SLSTM": {"i": torch.exp, "f": torch.sigmoid, "z": torch.tanh, "o": torch.sigmoid},
     "GRU": {"r": torch.sigmoid, "z": torch.sigmoid, "n": torch.tanh},
-    "RNN_TANH": {"h": torch.tanh},
-    "RNN_RELU": {"h": torch.relu},
+    "RNN": {"h": torch.tanh},
+    "relu RNN": {"h": torch.relu},
+    "leaky_relu RNN": {"h": leaky_relu},
 }
 _BOUNDS: dict[Callable[[Tensor], Tensor], tuple[float, float]] = {
     torch.sigmoid: (0.0, 1.0),
     torch.tanh: (-1.0, 1.0),
     torch.relu: (0.0, float("inf")),
+    leaky_relu: (0.0, float("inf")),
 }
 
 
@@ -97,7 +101,7 @@ def gradient_flow(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Te
         loss_fn: A function of the model's output and the target that returns a tensor with one element.
 
     Returns:
-        The norms. With a PackedSequence, those over the sequences that reach the step.
+        The norms. With `lengths` or a PackedSequence, those over the sequences that reach the step.
 
     Raises:
         TypeError: If `model` is not a module, or `batch` is not a tuple or list of at least two.
@@ -110,11 +114,13 @@ def gradient_flow(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Te
         loss = loss_fn(model(*inputs), target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"gradient_flow: expected loss_fn to return one element, got {_form(loss)}")
-    states = [step.h for of_run in steps.values() for step in of_run]
-    gradients = torch.autograd.grad(loss, states, allow_unused=True)  # unused: the loss does not depend on it
-    norms = iter([0.0 if g is None else torch.linalg.vector_norm(g, dtype=torch.float64).item() for g in gradients])
+    every = [step for of_run in steps.values() for step in of_run]
+    reached = [step for step in every if step.h.requires_grad]  # not where the model itself forbids gradients
+    gradients = torch.autograd.grad(loss, [step.h for step in reached], allow_unused=True)
+    found = {id(step): g for step, g in zip(reached, gradients, strict=True) if g is not None}
+    norms = iter([_norm(found[id(step)][step.rows]) if id(step) in found else 0.0 for step in every])
     by_run = {name: torch.tensor([next(norms) for _ in of_run], dtype=torch.float64) for name, of_run in steps.items()}
-    return GradientFlow(by_run, torch.finfo(states[0].dtype).eps)
+    return GradientFlow(by_run, torch.finfo(every[0].h.dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,8 @@ class Saturation:
 
     Attributes:
         shares: For each layer and direction, and each of its gates, the share of its values near the lower and near the
-            upper bound. Gates: LSTM i, f, g, o; GRU r, z, n; RNN h, which with relu has a lower bound only, and
-            is at it where a unit is off.
+            upper bound. Gates: LSTM i, f, g, o; GRU r, z, n; RNN h; SLSTM f, z, o. With relu there is a lower bound
+            only, which a unit is at where it is off.
         margin: How near.
     """
 
@@ -159,15 +165,16 @@ def saturation(model: nn.Module, batch: Any, *, margin: float = 0.1) -> Saturati
     if not 0 < margin < 0.5:
         raise ValueError(f"saturation: expected margin to be in (0, 0.5), got {margin}")
     inputs = [batch] if isinstance(batch, (Tensor, PackedSequence)) else list(batch)[:-1]
-    with torch.no_grad(), _step_by_step(model, "saturation") as steps:
-        model(*inputs)
-        shares = {}
+    shares: dict[str, dict[str, tuple[float, float]]] = {}
+    with torch.no_grad():
+        with _step_by_step(model, "saturation") as steps:
+            model(*inputs)
         for name, of_run in steps.items():
-            values = [torch.cat(parts) for parts in zip(*(step.gates() for step in of_run), strict=True)]
-            gates = _GATES[of_run[0].kind]
+            activations, by_step = _GATES[of_run[0].cell], [step.gates() for step in of_run]
             shares[name] = {
-                gate: _near_bounds(value, *_BOUNDS[activation], margin)
-                for (gate, activation), value in zip(gates.items(), values, strict=True)
+                gate: _near_bounds(torch.cat([values[gate] for values in by_step]), *_BOUNDS[activation], margin)
+                for gate, activation in activations.items()
+                if activation in _BOUNDS
             }
     return Saturation(shares, margin)
 
@@ -222,22 +229,38 @@ def draw(flows: GradientFlow | Mapping[str, GradientFlow], path: str | Path) -> 
 
 @dataclass(frozen=True)
 class _Step:
-    """One step of one direction of one layer: what went into the gates, and the hidden state after it."""
+    """One step of one direction of one layer."""
 
-    kind: str  # a key of _GATES
-    x: Tensor  # (B, I)
-    weights: tuple[Any, ...]  # w_ih, w_hh, b_ih, b_hh
-    h_prev: Tensor  # (B, H)
-    h: Tensor  # (B, H)
+    cell: str  # a key of _GATES
+    h: Tensor  # (B, H) after it
+    rows: slice | Tensor  # the sequences that take part
+    x: Tensor  # (rows, I)
+    h_prev: Tensor  # (rows, H), as the recurrent product sees it
+    c_prev: Tensor | None  # (rows, H)
+    weights: Sequence[Any]  # w_ih, w_hh, b_ih, b_hh
+    w_peephole: Tensor | None
+    reset_after: bool
 
-    def gates(self) -> list[Tensor]:
-        """The values of the gates, each (B, H)."""
+    def gates(self) -> dict[str, Tensor]:
+        """The values of the gates, each (rows, H)."""
         w_ih, w_hh, b_ih, b_hh = self.weights
-        gates = _GATES[self.kind]
-        gx, gh = (gate.chunk(len(gates), -1) for gate in (linear(self.x, w_ih, b_ih), linear(self.h_prev, w_hh, b_hh)))
-        values: list[Tensor] = []
-        for (gate, activation), x, h in zip(gates.items(), gx, gh, strict=True):
-            values.append(activation(x + (values[0] * h if (self.kind, gate) == ("GRU", "n") else h)))
+        gates = _GATES[self.cell]
+        gx, gh = (part.chunk(len(gates), -1) for part in (linear(self.x, w_ih, b_ih), linear(self.h_prev, w_hh, b_hh)))
+        peepholes = {} if self.w_peephole is None else dict(zip("ifo", self.w_peephole.chunk(3), strict=True))
+        values: dict[str, Tensor] = {}
+        c = self.c_prev
+        for (gate, activation), of_x, of_h in zip(gates.items(), gx, gh, strict=True):
+            if self.cell == "GRU" and gate == "n":
+                of_h = values["r"] * of_h
+                if not self.reset_after:
+                    of_h = linear(
+                        values["r"] * self.h_prev, w_hh.chunk(3)[2], None if b_hh is None else b_hh.chunk(3)[2]
+                    )
+            if gate in peepholes and c is not None:
+                if gate == "o":  # which sees the new c
+                    c = values["f"] * c + values["i"] * values["g"]
+                of_h = of_h + peepholes[gate] * c
+            values[gate] = activation(of_x + of_h)
         return values
 
 
@@ -262,9 +285,12 @@ def _step_by_step(model: nn.Module, caller: str) -> Iterator[dict[str, list[_Ste
             stack.callback(revert, model.get_submodule(name))
         for name, module in model.named_modules():
             if isinstance(module, (LayerStack, cells._Cell)):
-                labels = _run_labels(module, name or type(module).__name__)
+                recorder = _Recorder(module, name or type(module).__name__, steps)
                 stack.callback(delattr, module, "_op")
-                module._op = partial(_run_steps, module._op, _kind(module), steps, labels)  # type: ignore[method-assign]
+                module._op = recorder.run  # type: ignore[assignment, method-assign]
+            if isinstance(module, LayerStack) and module.options.checkpoint is not None:
+                stack.callback(setattr, module, "options", module.options)
+                module.options = replace(module.options, checkpoint=None)  # it would call the operator in pieces
         if "torch._dynamo" in sys.modules:  # a compiled model would not see this
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield steps
@@ -275,52 +301,88 @@ def _step_by_step(model: nn.Module, caller: str) -> Iterator[dict[str, list[_Ste
         )
 
 
-def _run_labels(module: nn.Module, name: str) -> Iterator[str]:
-    """What to call each call of the module's operator, without end."""
-    if not isinstance(module, nn.RNNBase):
-        labels = [name]
-    else:
-        directions = ["", " reverse"] if module.bidirectional else [""]
-        labels = [f"{name} layer {layer}{d}" for layer in range(module.num_layers) for d in directions]
-    return itertools.cycle(labels)
+class _Recorder:
+    """What takes the place of a module's `_op`: the same results, from one call of the operator per step."""
 
+    def __init__(self, module: Any, name: str, steps: dict[str, list[_Step]]) -> None:
+        """Takes the module, what to call it, and where the steps go."""
+        self._op, self._steps, self._recorded = module._op, steps, list[_Step]()
+        self._is_stack = isinstance(module, LayerStack)
+        self._reset_after = getattr(module, "reset_after", True)
+        runs = [name]
+        if self._is_stack:
+            directions = ["", " reverse"] if module.bidirectional else [""]
+            runs = [
+                f"{name} layer {layer}{direction}" for layer in range(module.num_layers) for direction in directions
+            ]
+        self._labels = itertools.cycle(runs)  # the order of the calls
+        self._cell = type(module).__name__.removesuffix("Cell")
+        if self._cell == "RNN" and module.nonlinearity != "tanh":
+            self._cell = f"{module.nonlinearity} RNN"
+        elif getattr(module, "coupled", False):
+            self._cell = f"coupled {self._cell}"
 
-def _kind(module: Any) -> str:
-    if isinstance(module, nn.RNNBase):
-        return str(module.mode)
-    kind = type(module).__name__.removesuffix("Cell")
-    return f"RNN_{module.nonlinearity.upper()}" if kind == "RNN" else kind
+    def run(
+        self,
+        input: Tensor,
+        *weights_and_states: Any,
+        batch_sizes: Tensor | None = None,
+        reverse: bool = False,
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """Takes and returns what an operator of one layer and direction does."""
+        weights, states = weights_and_states[:4], weights_and_states[4:]
+        self._recorded.clear()
+        results = run_in_chunks(
+            self._run_step, 1, input, weights, states, batch_sizes=batch_sizes, reverse=reverse, **options
+        )
+        self._steps[next(self._labels)] += reversed(self._recorded) if reverse else self._recorded
+        return results
 
-
-def _run_steps(
-    op: Callable[..., tuple[Tensor, ...]],
-    kind: str,
-    steps: dict[str, list[_Step]],
-    labels: Iterator[str],
-    input: Tensor,
-    *weights_and_states: Any,
-    batch_sizes: Tensor | None = None,
-    reverse: bool = False,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    """In the place of a module's `_op`: the same results, from one call of the operator per step."""
-    weights, states = weights_and_states[:4], weights_and_states[4:]
-    inputs = input.unbind() if batch_sizes is None else torch.split(input, batch_sizes.tolist())
-    of_run: list[_Step] = []
-    for x in reversed(inputs) if reverse else inputs:
-        # Packed rows are sorted by length: the first ones are active. The others have ended or, in reverse, not begun.
-        active = [state[: len(x)] for state in states]
-        _, h, *rest = op(x.unsqueeze(0), *weights, *active, **options)
+    def _run_step(
+        self,
+        input: Tensor,
+        *weights_and_states: Any,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        h_mask: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        weights, states = weights_and_states[:4], weights_and_states[4:]
+        controls = {"lengths": lengths, "reset": reset, "h_mask": h_mask}
+        given = {name: value for name, value in controls.items() if value is not None}
+        options_of_op = options | given | {"batch_sizes": batch_sizes} if self._is_stack else {}  # a cell has none
+        _, h, *rest = self._op(input, *weights, *states, **options_of_op)
         if torch.is_grad_enabled() and not h.requires_grad:  # neither weights nor input need a gradient
-            h = h.requires_grad_()
-        of_run.append(_Step(kind, x, weights, active[0], h))
-        ended = [state[len(x) :] for state in states]
-        states = tuple(torch.cat(pair) if len(pair[1]) else pair[0] for pair in zip((h, *rest), ended, strict=True))
-    if reverse:
-        of_run.reverse()
-    steps[next(labels)] += of_run
-    outputs = [step.h for step in of_run]
-    return (torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), *states)
+            h.requires_grad_()
+        n = input.size(-2)
+        h_prev, *others = (state[:n] for state in states)
+        if reset is not None:
+            h_prev, *others = (torch.where(reset.reshape(n, 1), 0, state) for state in (h_prev, *others))
+        if h_mask is not None:
+            h_prev = h_prev * h_mask[:n]
+        rows: Any = slice(n) if lengths is None else lengths > 0
+        self._recorded.append(
+            _Step(
+                cell=self._cell,
+                h=h,
+                rows=rows,
+                x=input.reshape(n, -1)[rows],
+                h_prev=h_prev[rows],
+                c_prev=others[0][rows] if others else None,
+                weights=weights,
+                w_peephole=options.get("w_peephole"),
+                reset_after=self._reset_after,
+            )
+        )
+        # From h itself, so that all of the gradient passes through it.
+        output = h[rows] if lengths is None else torch.where(rows.unsqueeze(1), h, 0)
+        return output if batch_sizes is not None else output.unsqueeze(0), h, *rest
+
+
+def _norm(gradient: Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))  # squares of float32 would underflow
 
 
 def _form(value: Any) -> str:

@@ -101,13 +101,13 @@ class Options:
         """Runs a layer, in chunks of `checkpoint` steps where that is asked for."""
         if self.checkpoint is None or not torch.is_grad_enabled():
             return layer(input, *weights, *states, **arguments)
-        return _run_in_chunks(layer, self.checkpoint, input, weights, states, **arguments)
+        return run_in_chunks(layer, self.checkpoint, input, weights, states, **arguments)
 
 
 NO_OPTIONS = Options()
 
 
-def _run_in_chunks(
+def run_in_chunks(
     layer: Layer,
     steps: int,
     input: Tensor,
@@ -118,6 +118,7 @@ def _run_in_chunks(
     reverse: bool,
     **arguments: Any,
 ) -> tuple[Tensor, ...]:
+    """Runs a layer some steps at a time, as one call would, each with `recompute`: see `fastrnn.ops`."""
     T = input.size(0) if batch_sizes is None else batch_sizes.size(0)
     ends = [0, *(range(T) if batch_sizes is None else batch_sizes.cumsum(0).tolist())]  # rows before each step
     by_step = {name: arguments.pop(name) for name in ("reset", "zone_h", "zone_c") if arguments.get(name) is not None}

@@ -105,6 +105,195 @@ def test_exact(kind, options, layout, library):
         assert list(shares[name]) == list(gates)
 
 
+def weighted(result, weight):
+    """A loss of every output and every final state."""
+    output, *states = (result[0], *(result[1] if isinstance(result[1], tuple) else [result[1]]))
+    return (output.sin() * weight).sum() + sum(state.square().sum() for state in states)
+
+
+MODULES = {
+    "RNN": lambda **options: fastrnn.RNN(I, H, **options),
+    "leaky RNN": lambda **options: fastrnn.RNN(I, H, nonlinearity="leaky_relu", **options),
+    "GRU": lambda **options: fastrnn.GRU(I, H, **options),
+    "GRU before": lambda **options: fastrnn.GRU(I, H, reset_after=False, **options),
+    "LSTM": lambda **options: fastrnn.LSTM(I, H, **options),
+    "coupled": lambda **options: fastrnn.LSTM(I, H, coupled=True, **options),
+    "peephole": lambda **options: fastrnn.LSTM(I, H, peephole=True, **options),
+    "SLSTM": lambda **options: fastrnn.SLSTM(I, H, **options),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_lengths_are_as_packed(kind):
+    module = MODULES[kind](bidirectional=True).double()
+    input, weight = torch.randn(T, B, I).double(), torch.randn(T, B, 2 * H).double()
+    alive = torch.arange(T)[:, None] < torch.tensor(LENGTHS)
+    packed_weight = weight[alive]
+    packed = pack_padded_sequence(input, torch.tensor(LENGTHS))
+    expected = gradient_flow(
+        module, (packed, packed_weight), lambda result, w: weighted((result[0].data, result[1]), w)
+    )
+    order = torch.tensor([2, 0, 3, 1])
+    lengths = torch.tensor(LENGTHS)[order]
+    flow = gradient_flow(Call(module, lengths=lengths), (input[:, order], weight[:, order]), weighted)
+    shares = saturation(Call(module, lengths=lengths), input[:, order]).shares
+    expected_shares = saturation(module, packed).shares
+    for name, norms in expected.norms.items():
+        torch.testing.assert_close(flow.norms[name.replace(type(module).__name__, "module", 1)], norms)
+        assert shares[name.replace(type(module).__name__, "module", 1)] == expected_shares[name]
+
+
+class Call(nn.Module):
+    """A module that is called with options."""
+
+    def __init__(self, module, **options):
+        super().__init__()
+        self.module, self.options = module, options
+
+    def forward(self, input):
+        return self.module(input, **self.options)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_reset_begins_a_new_sequence(kind):
+    module = MODULES[kind]().double()
+    input, weight = torch.randn(T, B, I).double(), torch.randn(T, B, H).double()
+    reset = torch.zeros(T, B, dtype=torch.bool)
+    reset[4] = True
+    flow = gradient_flow(Call(module, reset=reset), (input, weight), weighted)
+    first = gradient_flow(module, (input[:4], weight[:4]), lambda result, w: (result[0].sin() * w).sum())
+    second = gradient_flow(module, (input[4:], weight[4:]), weighted)
+    name = f"{type(module).__name__} layer 0"
+    expected = torch.cat([first.norms[name], second.norms[name]])
+    torch.testing.assert_close(flow.norms["module layer 0"], expected)
+    whole, parts = (
+        saturation(Call(module, reset=reset), input).shares,
+        [saturation(module, x).shares for x in (input[:4], input[4:])],
+    )
+    for gate, (low, high) in whole["module layer 0"].items():
+        ends = [(4 * a + 2 * b) / 6 for a, b in zip(*(part[name][gate] for part in parts), strict=True)]
+        assert (low, high) == pytest.approx(ends)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_recomputation_changes_nothing(kind):
+    module = MODULES[kind](checkpoint=4, num_layers=2, bidirectional=True).double()
+    batch = torch.randn(T, B, I).double(), torch.randn(T, B, 2 * H).double()
+    flow = gradient_flow(module, batch, weighted)
+    plain = MODULES[kind](num_layers=2, bidirectional=True).double()
+    plain.load_state_dict(module.state_dict())
+    expected = gradient_flow(plain, batch, weighted)
+    assert list(flow.norms) == list(expected.norms) and module.options.checkpoint == 4
+    for name, norms in expected.norms.items():
+        torch.testing.assert_close(flow.norms[name], norms)
+
+
+def test_a_clipped_gradient():
+    rnn = fastrnn.RNN(I, H, grad_clip=0.3).double()
+    input, weight = torch.randn(T, B, I).double(), torch.randn(T, B, H).double()
+    h, seen = torch.zeros(B, H).double(), []
+    for x in input:
+        handed_on = h.clone().requires_grad_()
+        handed_on.register_hook(lambda grad: grad.clamp(-0.3, 0.3))
+        h = rnn_step(rnn, x, handed_on)
+        h.retain_grad()
+        seen.append(h)
+    weighted((torch.stack(seen), h), weight).backward()
+    flow = gradient_flow(rnn, (input, weight), weighted)
+    torch.testing.assert_close(flow.norms["RNN layer 0"], torch.stack([h.grad.norm() for h in seen]))
+    rnn.options = fastrnn.RNN(I, H).options
+    assert not torch.allclose(
+        gradient_flow(rnn, (input, weight), weighted).norms["RNN layer 0"], flow.norms["RNN layer 0"]
+    )
+
+
+def test_zoneout_and_recurrent_dropout():
+    """In evaluation a unit keeps a share of what it was; in training one mask per sequence lies on h."""
+    rnn = fastrnn.RNN(I, H, zoneout=0.25).double().eval()
+    input, weight = torch.randn(T, B, I).double(), torch.randn(T, B, H).double()
+    h, seen = torch.zeros(B, H).double(), []
+    for x in input:
+        h = 0.25 * h + 0.75 * rnn_step(rnn, x, h)
+        h.retain_grad()
+        seen.append(h)
+    weighted((torch.stack(seen), h), weight).backward()
+    flow = gradient_flow(rnn, (input, weight), weighted)
+    torch.testing.assert_close(flow.norms["RNN layer 0"], torch.stack([h.grad.norm() for h in seen]))
+
+    rnn = fastrnn.RNN(I, H, recurrent_dropout=0.5).double()
+    torch.manual_seed(3)
+    mask = torch.dropout(torch.ones(B, H).double(), 0.5, True)
+    h, seen = torch.zeros(B, H).double(), []
+    for x in input:
+        h = rnn_step(rnn, x, h * mask)
+        h.retain_grad()
+        seen.append(h)
+    weighted((torch.stack(seen), h), weight).backward()
+    torch.manual_seed(3)
+    flow = gradient_flow(rnn, (input, weight), weighted)
+    torch.testing.assert_close(flow.norms["RNN layer 0"], torch.stack([h.grad.norm() for h in seen]))
+    torch.manual_seed(3)
+    share = saturation(rnn, input, margin=0.4).shares["RNN layer 0"]["h"]
+    values = torch.cat(seen)
+    assert share == ((values <= -0.6).double().mean().item(), (values >= 0.6).double().mean().item())
+
+
+def rnn_step(rnn, x, h):
+    return torch.tanh(linear(x, rnn.weight_ih_l0, rnn.bias_ih_l0) + linear(h, rnn.weight_hh_l0, rnn.bias_hh_l0))
+
+
+def test_gates_of_the_further_cells():
+    """At one step, from states that are given, against the formulas of the classes."""
+    x, h, c = torch.randn(1, B, I), torch.randn(1, B, H), torch.randn(1, B, H)
+
+    def parts(module, count):
+        gates = linear(x[0], module.weight_ih_l0, module.bias_ih_l0)
+        return (gates + linear(h[0], module.weight_hh_l0, module.bias_hh_l0)).chunk(count, -1)
+
+    coupled, peephole, before = (MODULES[kind]() for kind in ("coupled", "peephole", "GRU before"))
+    f, g, o = parts(coupled, 3)
+    expected = {"f": f.sigmoid(), "g": g.tanh(), "o": o.sigmoid()}
+    check_gates(coupled, (x, (h, c)), expected)
+
+    w_i, w_f, w_o = peephole.weight_peephole_l0.chunk(3)
+    i, f, g, o = parts(peephole, 4)
+    i, f, g = (i + w_i * c[0]).sigmoid(), (f + w_f * c[0]).sigmoid(), g.tanh()
+    expected = {"i": i, "f": f, "g": g, "o": (o + w_o * (f * c[0] + i * g)).sigmoid()}
+    check_gates(peephole, (x, (h, c)), expected)
+
+    r, z, _ = (part.sigmoid() for part in parts(before, 3))
+    w_ih, w_hh, b_ih, b_hh = (w.chunk(3)[2] for w in before.all_weights[0])
+    expected = {"r": r, "z": z, "n": torch.tanh(linear(x[0], w_ih, b_ih) + linear(r * h[0], w_hh, b_hh))}
+    check_gates(before, (x, h), expected)
+
+    slstm = MODULES["SLSTM"]()
+    _, f, z, o = parts(slstm, 4)
+    check_gates(slstm, (x, (h, c, c.abs(), c)), {"f": f.sigmoid(), "z": z.tanh(), "o": o.sigmoid()})
+
+
+def check_gates(module, inputs, expected):
+    shares = saturation(module, (*inputs, None), margin=0.45).shares[f"{type(module).__name__} layer 0"]
+    assert list(shares) == list(expected)
+    for gate, values in expected.items():
+        low = -0.55 if gate in "gnz" and values.min() < 0 else 0.45
+        assert shares[gate] == ((values <= low).double().mean().item(), (values >= 0.55).double().mean().item())
+
+
+def test_a_part_that_forbids_gradients():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.below, self.above = nn.GRU(I, H), nn.GRU(H, H)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x, _ = self.below(x)
+            return self.above(x)
+
+    flow = gradient_flow(Frozen(), (torch.randn(T, B, I), torch.randn(T, B, H)), weighted)
+    assert (flow.norms["below layer 0"] == 0).all() and (flow.norms["above layer 0"] > 0).all()
+
+
 class Decoder(nn.Module):
     """A module that is called twice, and a cell in a loop of the model's own."""
 
