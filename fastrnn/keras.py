@@ -108,7 +108,9 @@ def _operator(layer: Any) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, 
     """The operator that runs a layer, and the options that choose its cell."""
     if isinstance(layer, keras.layers.SimpleRNN):
         return ops.rnn_layer, {"nonlinearity": "relu" if layer.cell.activation in _RELU else "tanh"}
-    return (ops.lstm_layer if isinstance(layer, keras.layers.LSTM) else ops.gru_layer), {}
+    if isinstance(layer, keras.layers.LSTM):
+        return ops.lstm_layer, {}
+    return ops.gru_layer, {"reset_after": layer.cell.reset_after}
 
 
 def _weights(cell: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -134,8 +136,6 @@ def _refusal(layer: Any, training: bool) -> str | None:
         return f"there is no kernel for activation={_name(cell.activation)}"
     if kind != "SimpleRNN" and cell.recurrent_activation not in _SIGMOID:
         return f"there is no kernel for recurrent_activation={_name(cell.recurrent_activation)}"
-    if kind == "GRU" and not cell.reset_after:
-        return "there is no kernel for reset_after=False"
     if training and cell.recurrent_dropout > 0 and kind != "SimpleRNN":
         return "there is no kernel for recurrent_dropout with a mask of its own for each gate"
     if training and cell.dropout > 0 and getattr(cell, "implementation", 2) == 1:
@@ -187,8 +187,9 @@ class GRU(keras.layers.GRU):  # type: ignore[misc]
         n = tanh(xn + r hn)
         h = (1 - z) n + z h
 
-    With ``reset_after=False`` there is one bias, and n is ``tanh(xn + (r h) recurrent_kernel_n)``. Other activations,
-    and training with `recurrent_dropout`, run Keras's own loop.
+    With ``reset_after=False`` there is one bias, and n is ``tanh(xn + (r h) recurrent_kernel_n)``: this form has no
+    kernel yet and runs `fastrnn.reference`, step by step. Other activations, and training with `recurrent_dropout`, run
+    Keras's own loop.
     """
 
     inner_loop = _inner_loop
@@ -232,4 +233,7 @@ def _service(layer: Any) -> str:
         return f"Keras's own loop: {always}"
     if type(layer).inner_loop is not _inner_loop:
         return "Keras's own loop: fastrnn.keras.patch() puts it on the kernels"
-    return f"the kernels; Keras's own loop in training: {in_training}" if in_training else "the kernels"
+    by = "the kernels"
+    if _kind(layer) == "GRU" and not layer.cell.reset_after:
+        by = "fastrnn.reference, step by step: there is no kernel for reset_after=False"
+    return f"{by}; Keras's own loop in training: {in_training}" if in_training else by
