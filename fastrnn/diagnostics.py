@@ -182,8 +182,8 @@ def saturation(model: nn.Module, batch: Any, *, margin: float = 0.1) -> Saturati
 def draw(flows: GradientFlow | Mapping[str, GradientFlow], path: str | Path) -> None:
     """Draws gradient flows over time into one picture.
 
-    The grey zone is where a contribution is lost in rounding beside the largest one: weights learn nothing from there,
-    and curves that go deeper leave the picture.
+    The grey zone is where a contribution is lost in rounding beside the largest one of the same model, whichever that
+    is: weights learn nothing from there, and curves that go deeper leave the picture.
 
     Args:
         flows: What `gradient_flow` returned, or several by name, to compare models.
@@ -198,22 +198,24 @@ def draw(flows: GradientFlow | Mapping[str, GradientFlow], path: str | Path) -> 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.set_yscale("log")
-    curves = [(name, run, norms) for name, flow in by_name.items() for run, norms in flow.norms.items()]
-    runs = list(dict.fromkeys(run for _, run, _ in curves))
-    for name, run, norms in curves:
-        # Colours tell models apart and dashes their layers, where there are several models; else colours tell layers.
-        first, second = (list(by_name).index(name), runs.index(run)) if len(by_name) > 1 else (runs.index(run), 0)
-        labels = [name] * (name != "") + [run] * (name == "" or len(runs) > 1)
-        axes.plot(
-            norms.clamp(min=torch.finfo(torch.float64).tiny),
-            color=_COLOURS[first % len(_COLOURS)],
-            linestyle=_DASHES[second % len(_DASHES)],
-            label=f"{', '.join(labels)} (begin / end {by_name[name].reach(run):.2g})",
-        )
-    positive = torch.cat([norms[norms > 0] for _, _, norms in curves])
-    if positive.numel():
-        top, bottom = positive.max().item(), positive.min().item()
-        lost = top * max(flow.precision for flow in by_name.values())
+    for model, (name, flow) in enumerate(by_name.items()):
+        for run, (run_name, norms) in enumerate(flow.norms.items()):
+            # Colours tell models apart and dashes their layers; where there is one model, colours tell layers.
+            colour, dash = (model, run) if len(by_name) > 1 else (run, 0)
+            labels = [name] * (name != "") + [run_name] * (name == "" or len(flow.norms) > 1)
+            axes.plot(
+                norms.clamp(min=torch.finfo(torch.float64).tiny),
+                color=_COLOURS[colour % len(_COLOURS)],
+                linestyle=_DASHES[dash % len(_DASHES)],
+                label=f"{', '.join(labels)} (begin / end {flow.reach(run_name):.2g})",
+            )
+    norms_by_model = [torch.cat(list(flow.norms.values())) for flow in by_name.values()]
+    lost = min(
+        norms.max().item() * flow.precision for norms, flow in zip(norms_by_model, by_name.values(), strict=True)
+    )
+    norms = torch.cat(norms_by_model)
+    if lost > 0 and norms.isfinite().all():
+        bottom, top = norms.min().item(), norms.max().item()
         axes.set_ylim(max(bottom, lost / 1e4) / 3, top * 3)
         if bottom < lost:
             axes.axhspan(0, lost, color="0.92", zorder=0)
@@ -223,7 +225,7 @@ def draw(flows: GradientFlow | Mapping[str, GradientFlow], path: str | Path) -> 
     axes.set_ylabel("norm of dL / dh[t]")
     axes.set_title("Gradient that reaches the hidden state of each step", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=1 + (len(curves) > 1), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=1 + (len(axes.lines) > 1), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 
 

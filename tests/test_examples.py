@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The examples that train beside torch.nn: a few steps of each, in which both libraries must come to the same."""
+"""The examples: a few steps of each. Those that train beside torch.nn must come to the same with both libraries."""
 
 import os
 import re
@@ -36,4 +36,12 @@ def test_both_libraries_come_to_the_same(program, tmp_path):
     assert rows == ["fastrnn", "torch.nn"]
     cells = [line.split("│")[2:-2] for line in output.splitlines() if re.match("│ (fastrnn|torch)", line)]
     assert cells[0] == cells[1] and any(cell.strip() for cell in cells[0])  # all but name and time
+    assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_gradient_flow(tmp_path):
+    output = run("gradient_flow.py", "--steps", "30", "--plot", tmp_path / "plot.png")
+    reach = dict(re.findall(r"^(\S.*)\n  .* begin / end (\S+)$", output, re.MULTILINE))
+    assert len(reach) == 5 and float(reach["RNN"]) < 1e-3 < float(reach["LSTM, forget_bias=5"])
+    assert float(reach["RNN of relu, weights 1.05 I"]) > 1
     assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
