@@ -34,7 +34,7 @@ struct PersistentForward {
   float* saved_c;         // [N, H]  c after each step; null in inference and for cells without c
   // workspace
   void* exchange;    // [tiling.exchange_packets()] of 16 bytes, aligned to 16, zero; null below grade 3
-  uint32_t* failed;  // null, or set to 1 when a block waited in vain for another: outputs are wrong
+  uint32_t* failed;  // null, or set to 1 when a block waited in vain for another: what it missed is NaN
 };
 
 template <typename scalar_t>
@@ -73,6 +73,9 @@ CudaStatus launch_write(const int64_t* values, int64_t count, int64_t* to, CudaS
 
 // The current device.
 CudaDevice cuda_device();
+// Whether a launch came to nothing because the device has no room for its blocks: what fits is less than the plan knows
+// where other processes or a partition of the device take their share.
+bool launch_refused(CudaStatus);
 // A word that kernels and the host both see, zero until a persistent kernel fails; null where there is none.
 uint32_t* failure_word();
 #endif

@@ -3,6 +3,7 @@
 // path "gates".
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -52,9 +53,37 @@ inline void check_no_failure() {
   uint32_t* word = failure_word();
   if (!word || *static_cast<volatile uint32_t*>(word) == 0) return;
   *static_cast<volatile uint32_t*>(word) = 0;
-  check(false,
-        "fastrnn: an earlier persistent kernel gave up waiting for a block that did not run, and its results "
-        "are wrong; FASTRNN_PATH=gates avoids such kernels");
+  check(
+      false,
+      "fastrnn: an earlier persistent kernel gave up waiting for a block that did not run, and results of it are NaN; "
+      "FASTRNN_PATH=gates avoids such kernels");
+}
+
+// Launches of this process that a device refused, where the path "gates" then ran: torch.ops.fastrnn.refused_launches.
+inline std::atomic<int64_t> refusals = 0;
+inline int64_t refused_launches() { return refusals; }
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn, m) { m.def("refused_launches() -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("refused_launches", TORCH_BOX(&refused_launches));
+}
+
+// Whether a launch was made. A device may have less room than the plan knows (MIG, MPS): then the path "gates" serves,
+// but not where "persistent" was asked for.
+inline bool launched(CudaStatus status) {
+  if (!launch_refused(status)) {
+    check_launch(status);
+    return true;
+  }
+  check(forced_by_environment().path != CudaPath::persistent,
+        "fastrnn: FASTRNN_PATH=persistent cannot serve this layer: the device refused the launch: ",
+        cuda_status_string(status));
+  if (refusals++ == 0) {
+    aoti_torch_warn(
+        __func__, __FILE__, __LINE__,
+        "fastrnn: the device has no room for a persistent kernel; the path \"gates\" runs in its place, here "
+        "and wherever this happens again");
+  }
+  return false;
 }
 
 template <template <typename> class Cell>
@@ -74,7 +103,9 @@ struct PersistentPath : GatesPath<Cell> {
     const OnDevice device(l.input);
     const CudaPlan plan = plan_for(l, cells, Pass::forward);
     if constexpr (kHasPersistentKernel<Cell>) {
-      if (plan.path == CudaPath::persistent) return forward(l, save, plan.tiling, device);
+      if (plan.path == CudaPath::persistent) {
+        if (const auto r = forward(l, save, plan.tiling, device)) return *r;
+      }
     }
     return Gates::forward(l, save, cells);
   }
@@ -83,13 +114,17 @@ struct PersistentPath : GatesPath<Cell> {
     const OnDevice device(l.input);
     const CudaPlan plan = plan_for(l, d.cells.has_value(), Pass::backward);
     if constexpr (kHasPersistentKernel<Cell>) {
-      if (plan.path == CudaPath::persistent) return backward(l, saved, d, plan.tiling, device);
+      if (plan.path == CudaPath::persistent) {
+        if (const auto g = backward(l, saved, d, plan.tiling, device)) return *g;
+      }
     }
     return Gates::backward(l, saved, d);
   }
 
  private:
-  static ForwardResult forward(const Layer& l, bool save, const PersistentTiling& tiling, const OnDevice& device) {
+  // Nothing where the device refuses the launch.
+  static std::optional<ForwardResult> forward(const Layer& l, bool save, const PersistentTiling& tiling,
+                                              const OnDevice& device) {
     check_no_failure();
     const ScalarType t = l.storage;
     ForwardResult r;
@@ -101,19 +136,20 @@ struct PersistentPath : GatesPath<Cell> {
 
     const Tensor x_gates = flat(dense(l.w_ih ? linear(l.input, *l.w_ih, l.b_ih) : l.input), l.N);
     const Workspace workspace(l, tiling, device);
-    dispatch_float(t, [&](auto types) {
+    const CudaStatus status = dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
-      check_launch(launch_persistent_forward<Cell, T>(
+      return launch_persistent_forward<Cell, T>(
           {workspace.steps(l), l.H, tiling, in<T>(x_gates), in<T>(l.w_hh), in<T>(l.b_hh), in<T>(l.h0), in<T>(l.c0),
            out<T>(r.output), out<T>(r.h_n), out<T>(r.c_n), out<T>(r.saved_gates), out<float>(r.saved_c),
            out<void>(workspace.exchange), failure_word()},
-          arithmetic(t), device.stream()));
+          arithmetic(t), device.stream());
     });
+    if (!launched(status)) return std::nullopt;
     return r;
   }
 
-  static GateGradients backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d,
-                                const PersistentTiling& tiling, const OnDevice& device) {
+  static std::optional<GateGradients> backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d,
+                                               const PersistentTiling& tiling, const OnDevice& device) {
     check_no_failure();
     const ScalarType t = l.storage;
     const auto prepare = [](const MaybeTensor& d) { return d ? MaybeTensor(dense(*d)) : std::nullopt; };
@@ -125,15 +161,16 @@ struct PersistentPath : GatesPath<Cell> {
     if (C::kStates == 2) g.d_c0 = empty(l.input, {l.B, l.H}, t);
 
     const Workspace workspace(l, tiling, device);
-    dispatch_float(t, [&](auto types) {
+    const CudaStatus status = dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
-      check_launch(launch_persistent_backward<Cell, T>(
+      return launch_persistent_backward<Cell, T>(
           {workspace.steps(l), l.H, tiling, in<T>(l.w_hh), in<T>(l.h0), in<T>(l.c0), in<T>(saved.output),
            in<T>(saved.saved_gates), in<float>(saved.saved_c), in<T>(d_out), in<T>(d_h), in<T>(d_c),
            out<T>(g.d_x_gates), out<T>(g.d_h_gates), out<T>(g.d_h0), out<T>(g.d_c0), out<void>(workspace.exchange),
            failure_word()},
-          arithmetic(t), device.stream()));
+          arithmetic(t), device.stream());
     });
+    if (!launched(status)) return std::nullopt;
     return g;
   }
 
@@ -149,10 +186,10 @@ struct PersistentPath : GatesPath<Cell> {
   }
 
   template <typename F>
-  static void dispatch_float(ScalarType t, const F& f) {
+  static CudaStatus dispatch_float(ScalarType t, const F& f) {
     if (t == ScalarType::Half) return f(Types<__half, float>{});
     if (t == ScalarType::BFloat16) return f(Types<__nv_bfloat16, float>{});
-    f(Types<float, float>{});
+    return f(Types<float, float>{});
   }
 
   // What a launch needs on the device beside its arguments.

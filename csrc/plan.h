@@ -182,7 +182,7 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   if (rows_per_team > 1024) return {};
   t.rows_per_team = static_cast<int>(rows_per_team);
   t.teams = static_cast<int>(divide(p.B, rows_per_team));
-  if (grade == 3 && t.teams * t.blocks > device.multiprocessors) return {};
+  if ((grade == 3 ? t.teams * t.blocks : t.blocks) > device.multiprocessors) return {};
   if (t.shared_bytes() > device.shared_per_block) return {};
   return t;
 }

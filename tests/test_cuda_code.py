@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The machine code of the CUDA kernels, checked without a GPU: spills, instructions, blocks that fit on a device."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -153,9 +154,57 @@ def test_wrappers_become_their_instructions(arch, tmp_path):
 
 @extended
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*_cuda.cu")), ids=lambda path: path.name)
-def test_kernels_compile_without_spills(arch, source, tmp_path):
-    compile_for(arch, source, tmp_path / "kernels.cubin")
+@pytest.mark.parametrize("name", ["gates", "persistent"])
+def test_kernels_compile_without_spills(arch, name, tmp_path):
+    compile_for(arch, ROOT / f"csrc/cuda/{name}_cuda.cu", tmp_path / "kernels.cubin")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The persistent kernels, which the default build leaves out
+
+PRODUCTS = {  # precision of the products: their type, and the instruction that a product becomes
+    "fp16": ("Products16I6__halfE", "HMMA.16816.F32"),
+    "bf16": ("Products16I13__nv_bfloat16E", "HMMA.16816.F32.BF16"),
+    "tf32": ("ProductsTf32", "HMMA.1688.F32.TF32"),
+    "fp32": ("ProductsFp32", "FFMA"),
+}
+PERSISTENT_THREADS = 256
+
+
+@extended
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("storage", ["fp16", "bf16", "fp32"])
+def test_persistent_kernels(arch, storage, tmp_path):
+    """No spills; tensor cores; packets in one piece; and a block with all shared memory fits on a multiprocessor."""
+    binary = tmp_path / "kernels.cubin"
+    compile_for(arch, ROOT / f"csrc/cuda/persistent_{storage}_cuda.cu", binary)
+    skip_without("cuobjdump", "nvdisasm")
+    used_by = {name: used for (_, name), used in machine_code.instructions(binary).items()}
+    kernels = {kernel.name: kernel for kernel in machine_code.kernels(binary)}
+    precisions = ["fp32", "tf32"] if storage == "fp32" else [storage]
+    parts = itertools.product(("Forward", "Backward"), CELL_NAMES.values(), precisions, ("Shared", "Global"))
+    for direction, cell, precision, exchange in parts:
+        products, multiply = PRODUCTS[precision]
+        wanted = f"{direction}PassI", cell, products, f"{exchange}Exchange"
+        (name,) = [name for name in kernels if all(part in name for part in wanted)]
+        used = used_by[name]
+        assert uses(used, multiply), (name, sorted(used))
+        matrix = {instruction for instruction in used if "MMA" in instruction and "HMMA" in instruction}
+        assert matrix == ({multiply} if precision != "fp32" else set()), (name, matrix)
+        assert not uses(used, "LDL") and not uses(used, "STL"), name
+        assert not uses(used, "ATOM") and not uses(used, "RED"), name
+        through_memory = [uses(used, f"{way}.E.128.STRONG.GPU") for way in ("LDG", "STG")]
+        assert through_memory == [exchange == "Global"] * 2, (name, sorted(used))
+        if arch >= "90a" or len(arch) == 3:
+            assert uses(used, "UCGABAR_ARV") == (exchange == "Shared"), (name, sorted(used))
+        for facts in DEVICES.values():
+            if facts.arch == arch:
+                blocks = machine_code.blocks_per_multiprocessor(
+                    *(libraries.compiler(), libraries.cuda_headers(), facts, kernels[name]),
+                    threads=PERSISTENT_THREADS,
+                    dynamic_shared=facts.shared_per_block - kernels[name].shared,
+                )
+                assert blocks == 1, (name, facts)
 
 
 def test_ptxas_would_refuse_a_spill(tmp_path):

@@ -3,41 +3,38 @@
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from fastrnn import _C, _library
+from fastrnn import _C
 
 TESTS = Path(__file__).parent
 FOLDER = TESTS / "emulation"
 sys.path += [str(FOLDER), str(TESTS / "cuda")]
 
 import libraries  # noqa: E402
-import machine_code  # noqa: E402
+from machine_code import DEVICES  # noqa: E402
 
 extended = pytest.mark.extended
-DEVICES = {  # capability, multiprocessors, bytes of shared memory per block
-    "h100": (90, 132, 232448),
-    "a100": (80, 108, 166912),
-    "l4": (89, 58, 101376),
-    "h100_mig_1g": (90, 16, 232448),
-}
 CELLS = {"rnn": (1, 1), "gru": (3, 1), "lstm": (4, 2)}  # gates, states
 
 
 def plan(device: str = "h100", cell: str = "lstm", **problem) -> "_C.CudaPlan":
-    capability, multiprocessors, shared = DEVICES[device]
+    facts = DEVICES[device]
     gates, states = CELLS[cell]
     problem = {"T": 100, "B": 16, "H": 256, "arithmetic": "fp16", "path": "persistent"} | problem
     return _C.plan_cuda(
         gates=gates,
         states=states,
-        capability=capability,
-        multiprocessors=multiprocessors,
-        shared_per_block=shared,
+        capability=facts.capability,
+        multiprocessors=facts.multiprocessors,
+        shared_per_block=facts.shared_per_block,
         **problem,
     )
 
@@ -88,14 +85,15 @@ def test_plans_are_sound(device, cell, arithmetic, backward):
         if planned.path == "gates":
             continue
         served += 1
-        _, multiprocessors, shared = DEVICES[device]
-        assert planned.shared_bytes <= shared
+        multiprocessors = DEVICES[device].multiprocessors
+        assert planned.shared_bytes <= DEVICES[device].shared_per_block
         assert planned.blocks * planned.units_per_block >= H
         assert (planned.teams - 1) * planned.rows_per_team < B <= planned.teams * planned.rows_per_team
         if planned.grade == 1:
             assert planned.blocks == 1
         if planned.grade == 2:
             assert planned.blocks in (2, 4, 8, 16)
+            assert planned.blocks <= multiprocessors
             assert planned.teams * planned.blocks <= multiprocessors or planned.teams == 1
         if planned.grade == 3:
             assert planned.teams * planned.blocks <= multiprocessors
@@ -107,30 +105,15 @@ def test_plans_are_sound(device, cell, arithmetic, backward):
 # The kernels
 
 
-@pytest.mark.parametrize("device", machine_code.DEVICES)
-def test_planned_blocks_are_resident(device):
-    """A multiprocessor holds a block with all shared memory: else a cooperative launch would be refused."""
-    if _C.cuda_archs is None:
-        pytest.skip("machine code is not checked: fastrnn was built without CUDA")
-    facts = machine_code.DEVICES[device]
-    try:
-        kernels = [
-            kernel
-            for kernel in machine_code.kernels(_library.path())
-            if kernel.arch == facts.arch and "persistent_kernel" in kernel.name
-        ]
-    except machine_code.Unavailable as reason:
-        pytest.skip(f"machine code is not checked: {reason}")
-    if not kernels:
-        pytest.skip("fastrnn was built without the persistent kernels: FASTRNN_PERSISTENT=1")
-    assert len(kernels) == 4 * 4 * 2 * 2  # cells, arithmetics, exchanges, passes
-    for kernel in kernels:
-        blocks = machine_code.blocks_per_multiprocessor(
-            *(libraries.compiler(), libraries.cuda_headers(), facts, kernel),
-            threads=256,
-            dynamic_shared=facts.shared_per_block - kernel.shared,
-        )
-        assert blocks == 1, kernel
+def run(
+    library: Path, tests: str, selection: str, variant: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a file of tests/emulation on a library, in a process of its own."""
+    environment = libraries.environment(variant) | {"FASTRNN_LIBRARY": str(library)} | environment
+    options = ("-q", "-s", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", FOLDER / tests, "-k", selection)
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options], env=os.environ | environment, text=True, capture_output=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,18 +130,138 @@ def test_planned_blocks_are_resident(device):
 )
 def test_kernels_on_the_emulation(schedule, seed, variant, selection):
     try:
-        environment = libraries.environment(variant)
         library = libraries.build("ops", variant)
     except libraries.Unavailable as reason:
         pytest.skip(f"the emulated CUDA kernels are left out: {reason}")
-    environment |= {
-        "FASTRNN_LIBRARY": str(library),
-        "FASTRNN_EMULATION_SCHEDULE": schedule,
-        "FASTRNN_EMULATION_SEED": str(seed),
-    }
-    options = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", FOLDER / "persistent.py", "-k", selection)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options], env=os.environ | environment, text=True, capture_output=True
-    )
+    order = {"FASTRNN_EMULATION_SCHEDULE": schedule, "FASTRNN_EMULATION_SEED": str(seed)}
+    done = run(library, "persistent.py", selection, variant, **order)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Sanitizer" not in done.stderr
+
+
+def test_a_forced_path_raises_where_the_device_refuses():
+    try:
+        library = libraries.build("ops")
+    except libraries.Unavailable as reason:
+        pytest.skip(f"the emulated CUDA kernels are left out: {reason}")
+    done = run(library, "hindered.py", "refused_and_forced", FASTRNN_EMULATION_RESIDENT_BLOCKS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kernels with something planted in them
+
+
+class Planted(NamedTuple):
+    file: str  # of csrc
+    before: str
+    after: str
+
+
+@pytest.fixture(scope="module")
+def build_with(tmp_path_factory) -> Callable[..., Path]:
+    """Builds the emulated operators with other words in their sources; only what changes from one to the next."""
+    root = tmp_path_factory.mktemp("planted")
+    shutil.copytree(TESTS.parent / "csrc", root / "csrc")
+    original: dict[Path, str] = {}
+
+    def build(*planted: Planted, variant: str = "") -> Path:
+        for file, text in original.items():
+            file.write_text(text)
+        original.clear()
+        for file, before, after in planted:
+            path = root / "csrc" / file
+            text = path.read_text()
+            original.setdefault(path, text)
+            assert text.count(before) == 1, f"{file} has {text.count(before)} of {before!r}"
+            path.write_text(text.replace(before, after))
+        try:
+            return libraries.build("ops", variant, root)
+        except libraries.Unavailable as reason:
+            pytest.skip(f"the emulated CUDA kernels are left out: {reason}")
+
+    return build
+
+
+EXCHANGE = "cuda/persistent_exchange.cuh"
+WRONG, RACE, BEYOND = "AssertionError", "ThreadSanitizer: data race", "AddressSanitizer: heap-buffer-overflow"
+STUCK, SHARED = "no progress: every running thread polls memory", "bytes of dynamic shared memory, the launch gave"
+FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
+    EXCHANGE: {
+        "no barrier of the cluster": ("cluster_barrier();", "__syncthreads();", WRONG, "grade2"),
+        "the same, as a race": ("cluster_barrier();", "__syncthreads();", RACE, "grade2"),
+        "one buffer in shared memory": ("(round % 2 * tiling.b", "(round % 1 * tiling.b", RACE, "grade2"),
+        "one buffer in global memory": ("(round % 2 * tiling.t", "(round % 1 * tiling.t", WRONG, "grade3"),
+        "steps that look alike": ("1 + round / 2 % 2", "1 + round / 2 % 1", WRONG, "grade3"),
+        "a plain store": (
+            "st_relaxed_gpu(buffer(round, tile) + packet_place(tiling, packet, column), values)",
+            "buffer(round, tile)[packet_place(tiling, packet, column)] = values",
+            *(RACE, "grade3"),
+        ),
+        "warps that do not wait": (
+            "named_barrier_sync(1 + place.warp_k, threads)",
+            "__syncwarp()",
+            RACE,
+            "H128 or H24-",
+        ),
+        "lanes that do not wait": ("  __syncwarp();", "  ;", RACE, "grade3"),
+        "a row that nobody publishes": ("(tile, at) < pass.p.steps.B", "(tile, at) <= pass.p.steps.B", STUCK, "grade3"),
+    },
+    "cuda/persistent.cuh": {
+        "no barrier before the sum": ("      __syncthreads();\n      pass.finish", "      pass.finish", RACE, "grade1"),
+        "sums in one place": ("turn ^= 1;", "", RACE, "grade3"),
+        "a row beyond the batch": ("row < B;", "row <= B;", BEYOND, "grade1"),
+        "a unit beyond the layer": ("unit < H &&", "unit <= H &&", BEYOND, "grade2"),
+        "rows beyond a packed step": ("row_begin[t + 1] - begin : steps.B", "B : steps.B", BEYOND, "packed"),
+        "another block's units": ("return place.rank * tiling", "return 0 * tiling", WRONG, "grade2"),
+    },
+    "cuda/persistent_products.cuh": {
+        "a weight for the step": ("slot < tiling.units", "slot <= tiling.units", WRONG, "grade3"),
+        "a swapped fragment": ("mma_bf16(sum.c, a1, b1);", "mma_bf16(sum.c, a1, b0);", WRONG, "bfloat16"),
+        "a sign of a sum": ("mine + __shfl_xor_sync(~0u, other, 2)", "mine - other", WRONG, "float32"),
+    },
+    "cuda/persistent_forward.cuh": {
+        "no initial state": ("return row < p.steps.B ? load", "return row < 0 ? load", WRONG, "grade1"),
+    },
+    "cuda/persistent_backward.cuh": {
+        "rows of W": ("+ slot) * p.H + unit]", "+ slot) + unit * p.H]", WRONG, "grade1"),
+        "no product for h0": ("{ return T + 1; }", "{ return T; }", WRONG, "grade1"),
+        "a step of a row without one": ("s >= 0 && mine.row < rows.count) step", "s >= 0) step", BEYOND, "packed"),
+    },
+    "plan.h": {"too little shared memory": (" + int64_t{biases()} * 4;", ";", SHARED, "grade1")},
+}
+VARIANTS = {RACE: "thread", BEYOND: "address"}
+
+
+@extended
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file, faults in FAULTS.items() for name in faults])
+def test_faults_are_found(file, name, build_with):
+    before, after, report, selection = FAULTS[file][name]
+    variant = VARIANTS.get(report, "")
+    environment = {"FASTRNN_EMULATION_SCHEDULE": "random", "FASTRNN_EMULATION_SEED": "1"}
+    if report == RACE:
+        environment["TSAN_OPTIONS"] = libraries.environment(variant)["TSAN_OPTIONS"] + " halt_on_error=1"
+    library = build_with(Planted(file, before, after), variant=variant)
+    selection = f"(test_parity or test_shapes) and ({selection})"
+    done = run(library, "persistent.py", selection, variant, **environment)
+    assert done.returncode not in (0, 5), done.stdout  # 5: no test was selected
+    assert report in done.stdout + done.stderr
+
+
+@extended
+def test_a_planned_launch_that_the_device_refuses(build_with):
+    """Until a device class is measured no plan picks these kernels; what happens when it does must hold already."""
+    unmeasured = (
+        'if (!force.path) return gates("no persistent kernel has been measured on a device of this class yet");'
+    )
+    library = build_with(Planted("plan.h", unmeasured, ""))
+    done = run(library, "hindered.py", "refused_and_planned", FASTRNN_EMULATION_RESIDENT_BLOCKS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@extended
+def test_blocks_that_wait_in_vain(build_with):
+    silent = Planted(EXCHANGE, "if (slot == 0) st_relaxed_gpu(", "if (slot == 0 && place.rank != 1) st_relaxed_gpu(")
+    library = build_with(Planted(EXCHANGE, "kMostPolls = 1u << 23", "kMostPolls = 64"), silent)
+    done = run(library, "hindered.py", "waiting_in_vain")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -37,6 +37,11 @@ CudaDevice cuda_device() {
   return {device.capability, device.multiprocessors, device.shared_per_block};
 }
 
+bool launch_refused(CudaStatus status) {
+  return status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorLaunchOutOfResources ||
+         status == cudaErrorInvalidClusterSize || status == cudaErrorInvalidConfiguration;
+}
+
 uint32_t* failure_word() {
   static uint32_t* const word = host_visible_word();
   return word;

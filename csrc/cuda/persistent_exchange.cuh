@@ -130,7 +130,13 @@ struct GlobalExchange {
           const int at = i + j * threads;
           if (at < end && is_published(pass, tile, at)) {
             uint32_t polls = 0;
-            while (values[j].w >> step_shift() != expected && !given_up(++polls)) values[j] = ld_relaxed_gpu(from + at);
+            while (values[j].w >> step_shift() != expected) {
+              if (given_up(++polls)) {
+                values[j] = {~0u, ~0u, ~0u, ~0u};  // NaN in every precision
+                break;
+              }
+              values[j] = ld_relaxed_gpu(from + at);
+            }
             staging[at] = values[j];
           }
         }
@@ -161,7 +167,8 @@ struct GlobalExchange {
            pass.packet_at(at) < tiling.blocks * tiling.packets_per_block * Pass::kVectors;
   }
   __device__ __forceinline__ int step_shift() const { return tiling.slots == 8 ? 16 : 0; }
-  // A thread that has waited in vain for seconds says so and never waits again: the launch ends, with wrong results.
+  // A thread that has waited in vain for seconds says so and never waits again: the launch ends, and what it computes
+  // from the missing packets is NaN.
   __device__ __forceinline__ bool given_up(uint32_t polls) {
     if (polls == kMostPolls) {
       gave_up = true;

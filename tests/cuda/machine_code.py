@@ -36,14 +36,21 @@ class Device:
     threads: int  # of one multiprocessor
     shared: int  # of one multiprocessor, in bytes
     shared_per_block: int
-    reason: str = ""
+
+    @property
+    def capability(self) -> int:
+        return int(self.arch.rstrip("a"))
 
 
 DEVICES = {
-    "H100, H200": Device("90a", 132, 2048, 228 << 10, 227 << 10),
-    "A100": Device("80", 108, 2048, 164 << 10, 163 << 10),
-    "L4": Device("89", 58, 1536, 100 << 10, 99 << 10),
-    "RTX 4090": Device("89", 128, 1536, 100 << 10, 99 << 10),
+    "a100": Device("80", 108, 2048, 164 << 10, 163 << 10),
+    "rtx3090": Device("86", 82, 1536, 100 << 10, 99 << 10),
+    "l4": Device("89", 58, 1536, 100 << 10, 99 << 10),
+    "rtx4090": Device("89", 128, 1536, 100 << 10, 99 << 10),
+    "h100": Device("90a", 132, 2048, 228 << 10, 227 << 10),
+    "h100_mig_1g": Device("90a", 16, 2048, 228 << 10, 227 << 10),  # the smallest partition
+    "b200": Device("100", 148, 2048, 228 << 10, 227 << 10),
+    "rtx5090": Device("120", 170, 1536, 100 << 10, 99 << 10),
 }
 
 
@@ -113,7 +120,7 @@ def _occupancy(compiler: str, headers: Path) -> ctypes.CDLL:
 def blocks_per_multiprocessor(
     compiler: str, headers: Path, device: Device, kernel: Kernel, threads: int, dynamic_shared: int = 0
 ) -> int:
-    major, minor = divmod(int(re.sub(r"\D", "", device.arch)), 10)
+    major, minor = divmod(device.capability, 10)
     limits = (major, minor, device.threads, device.shared, device.shared_per_block)
     needs = (kernel.registers, threads, kernel.shared, dynamic_shared)
     blocks = _occupancy(compiler, headers).fastrnn_blocks_per_multiprocessor(*limits, *needs)

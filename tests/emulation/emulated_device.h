@@ -348,7 +348,14 @@ cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config, emulat
   grid.cooperative = config.cooperative;
   grid.where = place.where;
   const auto call = [](void* body_of_thread) { (*static_cast<decltype(body)*>(body_of_thread))(); };
-  return emulation::run_grid(grid, call, &body) ? cudaSuccess : cudaErrorLaunchFailure;
+  switch (emulation::run_grid(grid, call, &body)) {
+    case emulation::Outcome::kCompleted:
+      return cudaSuccess;
+    case emulation::Outcome::kRefused:
+      return grid.cooperative ? cudaErrorCooperativeLaunchTooLarge : cudaErrorInvalidConfiguration;
+    default:
+      return cudaErrorLaunchFailure;
+  }
 }
 
 inline const char* status_string(cudaError_t status) {

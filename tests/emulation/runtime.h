@@ -45,7 +45,7 @@ struct DeviceLimits {
 };
 
 // Read at every launch. From the environment at first: FASTRNN_EMULATION_SEED (a number), FASTRNN_EMULATION_SCHEDULE
-// (round_robin, random, priority) and FASTRNN_EMULATION_DEVICE (h200, a100, l4).
+// (round_robin, random, priority), FASTRNN_EMULATION_DEVICE (h200, a100, l4) and FASTRNN_EMULATION_RESIDENT_BLOCKS.
 struct Config {
   uint64_t seed =
       0;  // launch n of a process uses seed and n, so that one run sees many orders and a second run the same
@@ -71,8 +71,8 @@ const GridLaunch& current_launch();
 unsigned lane_id();
 unsigned cluster_rank();
 
-// Returns false when the launch was refused or aborted; last_error() then says why.
-bool run_grid(const GridLaunch&, void (*body)(void*), void* argument);
+enum class Outcome { kCompleted, kRefused, kAborted };  // other than completed: last_error() says why
+Outcome run_grid(const GridLaunch&, void (*body)(void*), void* argument);
 const std::string& last_error();
 
 // Aborts the launch from inside a kernel.

@@ -68,6 +68,10 @@ std::string refusal(const GridLaunch& launch, size_t resident) {
   if (launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y || launch.grid.z % launch.cluster.z) {
     return "the grid is not a multiple of the cluster";
   }
+  if (launch.cluster.count() > 1 && launch.cluster.count() > resident) {
+    return "cluster of " + std::to_string(launch.cluster.count()) + " blocks, " + std::to_string(resident) +
+           " fit on the device";
+  }
   if (launch.cooperative && launch.grid.count() > resident) {
     return "cooperative launch of " + std::to_string(launch.grid.count()) + " blocks, " + std::to_string(resident) +
            " fit on the device";
@@ -246,6 +250,8 @@ Config& config() {
     initial.seed = std::strtoull(environment("FASTRNN_EMULATION_SEED", "0"), nullptr, 0);
     initial.schedule = find_schedule(environment("FASTRNN_EMULATION_SCHEDULE", "round_robin"));
     initial.device = find_device(environment("FASTRNN_EMULATION_DEVICE", "h200"));
+    initial.resident_blocks =
+        static_cast<unsigned>(std::strtoul(environment("FASTRNN_EMULATION_RESIDENT_BLOCKS", "0"), nullptr, 0));
     return initial;
   }();
   return current;
@@ -308,7 +314,7 @@ void fail(const std::string& what, Location where) {
   std::abort();
 }
 
-bool run_grid(const GridLaunch& launch, void (*body)(void*), void* argument) {
+Outcome run_grid(const GridLaunch& launch, void (*body)(void*), void* argument) {
   Quiet quiet;
   Grid state;
   state.launch = launch;
@@ -316,8 +322,10 @@ bool run_grid(const GridLaunch& launch, void (*body)(void*), void* argument) {
   state.argument = argument;
   state.random.seed((config().seed << 20) + ++launches);
   grid = &state;
+  Outcome outcome = Outcome::kCompleted;
   const size_t resident = resident_blocks(launch);
   if (const std::string reason = refusal(launch, resident); !reason.empty()) {
+    outcome = Outcome::kRefused;
     set_error("refused: " + reason);
   } else {
     const bool all_live = launch.cooperative || config().resident_blocks;
@@ -326,10 +334,11 @@ bool run_grid(const GridLaunch& launch, void (*body)(void*), void* argument) {
     run_threads(admission);
     tsan_acquire(&state.end);
     if (state.error.empty()) check_readonly();
+    if (!state.error.empty()) outcome = Outcome::kAborted;
   }
   grid = nullptr;
   error_of_last_launch = state.error;
-  return error_of_last_launch.empty();
+  return outcome;
 }
 
 }  // namespace fastrnn::emulation
