@@ -142,6 +142,9 @@ def _cuda_path(problem: dict[str, Any], kind: str, projection: bool, dtype: torc
 
 def _notes(data: Tensor, dtype: torch.dtype) -> list[str]:
     notes = ["lengths= and reset= run the same CPU kernels; on CUDA the path gates alone serves them"]
+    # Only builds with persistent kernels have this operator.
+    if refused := getattr(torch.ops.fastrnn, "refused_launches", int)():
+        notes.append(f"a device refused {refused} persistent kernels in this process: path gates ran instead")
     if data.device.type not in ("cpu", "cuda"):
         notes.append(f"there is no kernel for {data.device.type}: a call raises")
     if data.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):

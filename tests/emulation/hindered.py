@@ -11,6 +11,7 @@ import pytest
 import torch
 from parity import CELLS, LayerCase, check_layer_parity
 
+import fastrnn
 from fastrnn import ops, reference
 
 TILINGS = {2: 2, 3: 3}  # grade: blocks
@@ -42,6 +43,8 @@ def test_refused_and_planned(cell, tiling):
     assert torch.ops.fastrnn.refused_launches() == before + 2
     texts = [str(warning.message) for warning in caught if "no room for a persistent kernel" in str(warning.message)]
     assert len(texts) == (before == 0), caught
+    explanation = fastrnn.explain(fastrnn.GRU(3, 4), torch.randn(5, 2, 3))
+    assert any(f"refused {before + 2} persistent" in note for note in explanation.notes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
