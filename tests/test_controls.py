@@ -14,8 +14,10 @@ from torch import Tensor
 from fastrnn import ops, reference
 
 SEAM = (Path(__file__).resolve().parents[1] / "csrc/kernels.h").read_text()
-OPERATORS = {
-    name.removeprefix("fastrnn::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastrnn::")
+OPERATORS = {  # of layers; refused_launches counts
+    name.removeprefix("fastrnn::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("fastrnn::") and "_layer" in name
 }
 
 # By the names of csrc/kernels.h: the function, its options, gates, and how many states there are beside h.
