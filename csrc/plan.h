@@ -25,6 +25,7 @@ struct CpuPlan {
   Split split;
   int threads;
   const char* reason;
+  bool pack_input, pack_recurrent;  // whether W_ih and W_hh are packed before use, or read where they are
 };
 
 inline CpuPlan plan_cpu(const CpuProblem& p) {
@@ -34,21 +35,33 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
   constexpr int64_t kMinimumWeightsPerThread = 4096;
   // From here on the weights are read from cache often enough per step that reading them in every thread is free.
   constexpr int64_t kRowsPerThread = 4;
+  // Packing a weight costs about what this many rows cost that are multiplied with it.
+  constexpr int64_t kRowsWorthPacking = 16;
+  // A single row reads a weight nearly as fast where it is, so that packing pays only after this many steps; sooner
+  // where rows of the weight are so long that they drive each other out of the cache.
+  constexpr int64_t kStepsWorthPacking = 128, kLongRow = 512;
+
+  const bool pack = p.T * p.B >= kRowsWorthPacking;
+  const bool pack_recurrent =
+      pack && (p.B > 1 || p.T >= kStepsWorthPacking || p.T * p.P > kStepsWorthPacking * kLongRow);
+  const auto plan = [&](Split split, int64_t threads, const char* reason) {
+    return CpuPlan{split, static_cast<int>(threads), reason, pack, pack_recurrent};
+  };
 
   const int64_t weights = p.gates * p.H * p.P + (p.P != p.H ? p.P * p.H : 0);
   const int64_t work = p.T * p.B * (weights + p.gates * p.H * p.I);
-  if (p.threads <= 1) return {Split::rows, 1, "one thread is allowed"};
-  if (work < kMinimumWork) return {Split::rows, 1, "too little work for a second thread"};
-  if (p.B >= kRowsPerThread * p.threads) return {Split::rows, p.threads, "enough rows for every thread"};
+  if (p.threads <= 1) return plan(Split::rows, 1, "one thread is allowed");
+  if (work < kMinimumWork) return plan(Split::rows, 1, "too little work for a second thread");
+  if (p.B >= kRowsPerThread * p.threads) return plan(Split::rows, p.threads, "enough rows for every thread");
   if (p.P != p.H) {
-    return {Split::rows, static_cast<int>(std::min<int64_t>(p.threads, p.B)), "a projection splits by rows only"};
+    return plan(Split::rows, std::min<int64_t>(p.threads, p.B), "a projection splits by rows only");
   }
   const int64_t by_units = std::min<int64_t>(p.threads, p.B * weights / kMinimumWeightsPerThread);
   const int64_t by_rows = std::min<int64_t>(p.threads, p.B / kRowsPerThread);
   if (by_units > by_rows && by_units > 1) {
-    return {Split::units, static_cast<int>(by_units), "few rows: threads share the hidden units"};
+    return plan(Split::units, by_units, "few rows: threads share the hidden units");
   }
-  return {Split::rows, static_cast<int>(std::max<int64_t>(by_rows, 1)), "few rows and few units"};
+  return plan(Split::rows, std::max<int64_t>(by_rows, 1), "few rows and few units");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly(
           "split", [](const fastrnn::CpuPlan& plan) { return plan.split == fastrnn::Split::rows ? "rows" : "units"; })
       .def_readonly("threads", &fastrnn::CpuPlan::threads)
-      .def_readonly("reason", &fastrnn::CpuPlan::reason);
+      .def_readonly("reason", &fastrnn::CpuPlan::reason)
+      .def_readonly("pack_input", &fastrnn::CpuPlan::pack_input)
+      .def_readonly("pack_recurrent", &fastrnn::CpuPlan::pack_recurrent);
   module.def(
       "plan_cpu",
       [](int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int gates, int threads) {

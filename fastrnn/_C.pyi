@@ -38,6 +38,14 @@ class CpuPlan:
     def reason(self) -> str:
         """Why, in a few words."""
 
+    @property
+    def pack_input(self) -> bool:
+        """Whether W_ih is packed before use, or read where it is."""
+
+    @property
+    def pack_recurrent(self) -> bool:
+        """Whether W_hh is packed before use, or read where it is."""
+
 def plan_cpu(*, T: int, B: int, I: int, H: int, P: int, gates: int, threads: int) -> CpuPlan:
     """The plan for a layer of these sizes, where torch may use `threads` threads. P is H without a projection."""
 

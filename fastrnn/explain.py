@@ -115,7 +115,9 @@ def _cpu_path(problem: dict[str, Any]) -> str:
     plan = _C.plan_cpu(**problem, threads=torch.get_num_threads())
     shared = {"rows": "each with rows of the batch", "units": "each with hidden units"}[plan.split]
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads, {shared}"
-    return f"fused CPU kernel ({_C.isa()}) on {threads}: {plan.reason}"
+    in_place = [name for name, packed in (("W_ih", plan.pack_input), ("W_hh", plan.pack_recurrent)) if not packed]
+    weights = f"; {' and '.join(in_place)} read in place, too few rows to pack for" if in_place else ""
+    return f"fused CPU kernel ({_C.isa()}) on {threads}: {plan.reason}{weights}"
 
 
 def _cuda_path(problem: dict[str, Any], kind: str, projection: bool, dtype: torch.dtype, device: torch.device) -> str:

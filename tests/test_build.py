@@ -79,6 +79,15 @@ def test_plan_uses_no_more_threads_than_allowed_and_needed(sizes: tuple[int, ...
     assert plan.reason
 
 
+@pytest.mark.parametrize(
+    "T, B, H, packed", [(1, 1, 64, ""), (3, 5, 64, ""), (16, 1, 64, "ih"), (16, 2, 64, "ih hh"), (128, 1, 64, "ih hh"),
+                        (100, 1, 512, "ih"), (100, 1, 1024, "ih hh")]
+)  # fmt: skip
+def test_plan_packs_what_serves_many_rows(T: int, B: int, H: int, packed: str) -> None:
+    plan = _C.plan_cpu(T=T, B=B, I=H, H=H, P=H, gates=4, threads=2)
+    assert {"ih": plan.pack_input, "hh": plan.pack_recurrent} == {name: name in packed for name in ("ih", "hh")}
+
+
 def test_main_prints_the_facts() -> None:
     result = run_python("-m", "fastrnn")
     assert result.returncode == 0, result.stderr

@@ -49,9 +49,8 @@ class Backward {
 
   // The weights of few rows stay where they are, but for a last panel that is not full.
   void pack() {
-    const bool all = p_.steps.row_begin[p_.steps.T] >= kRowsWorthPacking;
-    hh_ = pack_matrix(p_.w_hh, p_.P, Cell::kGates * p_.H, all);
-    if (p_.w_hr) hr_ = pack_matrix(p_.w_hr, p_.H, p_.P, all);
+    hh_ = pack_matrix(p_.w_hh, p_.P, Cell::kGates * p_.H, plan_.pack_recurrent);
+    if (p_.w_hr) hr_ = pack_matrix(p_.w_hr, p_.H, p_.P, plan_.pack_recurrent);
   }
 
   // A weight [K, columns], and the panels of it that have been packed.

@@ -24,10 +24,11 @@ class Forward {
       : p_(p),
         pool_(pool),
         plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads})),
-        panels_(Gates::panels(p.H)) {}
+        panels_(Gates::panels(p.H)),
+        packs_own_panels_(plan_.split == Split::units || plan_.threads == 1) {}
 
   void run() {
-    pack();
+    prepare();
     if (p_.w_hr) m_ = Buffer<S>(p_.B * p_.H);
     if (p_.controls.reset) {
       zeros_ = Buffer<S>(p_.P);
@@ -40,9 +41,8 @@ class Forward {
       in_parallel(pool_, plan_.threads, [&](int64_t begin, int64_t end) {
         const Team::Range mine = team.join({begin, end});
         if (mine.begin == mine.end) return;
-        const int64_t n = plan_.threads;
-        run_lane(lanes_[0], panels_ * mine.begin / n, panels_ * mine.end / n,
-                 [&](int64_t step) { team.barrier(mine.end - mine.begin, step); });
+        const int64_t n = plan_.threads, panel_begin = panels_ * mine.begin / n, panel_end = panels_ * mine.end / n;
+        run_lane(lanes_[0], panel_begin, panel_end, [&](int64_t step) { team.barrier(mine.end - mine.begin, step); });
       });
     } else {
       const std::vector<int64_t> rows = split_rows(p_.steps, p_.B, plan_.threads);
@@ -93,19 +93,27 @@ class Forward {
       }
     }
 
+    if (packs_own_panels_) pack_recurrent(panel_begin, panel_end);
     int64_t done = 0;  // rows of the lane before this step
     Chunk chunk{};
     for (int64_t s = 0; s < p_.steps.T; ++s) {
       if (s % lane.chunk_steps == 0) {
         chunk = {lane.input.data() + done, 0, lane.x_gates.get()};
         for (int64_t i = s; i < std::min(p_.steps.T, s + lane.chunk_steps); ++i) chunk.rows += lane.count(p_.steps, i);
-        if (p_.w_ih) {
-          for (int64_t panel = panel_begin; panel < panel_end; ++panel) input_gates(panel, chunk);
+        // A panel is used while it is hot from packing. For a single chunk one place serves all, and stays in cache.
+        for (int64_t panel = panel_begin; p_.w_ih && panel < panel_end; ++panel) {
+          const bool is_own = packs_own_panels_, is_only = is_own && lane.chunk_steps == p_.steps.T;
+          const int64_t place = is_only ? panel_begin : panel;
+          if (is_own && s == 0) pack_input(panel, panel + 1, place);
+          input_gates(panel, place, chunk);
         }
       }
       const int64_t count = lane.count(p_.steps, s);
       const int64_t in_chunk = lane.input.data() + done - chunk.input;
-      for (int64_t panel = panel_begin; panel < panel_end; ++panel) step(lane, s, panel, in_chunk, chunk);
+      // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
+      for (int64_t i = 0; i < panel_end - panel_begin; ++i) {
+        step(lane, s, s % 2 == 0 ? panel_begin + i : panel_end - 1 - i, in_chunk, chunk);
+      }
       if (p_.w_hr) project(s, lane.begin, lane.begin + count);
       done += count;
       barrier(s + 1);
@@ -157,28 +165,51 @@ class Forward {
     return (K + kDepth - 1) / kDepth * kDepth;
   }
 
-  void pack() {
-    if (p_.steps.row_begin[p_.steps.T] < kRowsWorthPacking) return;
-    packed_hh_ = Buffer<S>(panels_ * padded(p_.P) * Gates::kColumns);
-    if (p_.w_ih) packed_ih_ = Buffer<S>(panels_ * padded(p_.I) * Gates::kColumns);
-    bias_ih_ = pack_bias(p_.w_ih ? p_.b_ih : nullptr);
-    bias_hh_ = pack_bias(p_.b_hh);
-    in_parallel(plan_.threads > 1 ? pool_ : kOneThread, panels_, [&](int64_t begin, int64_t end) {
-      pack_gates<S, Cell::kGates>(p_.w_hh, p_.H, p_.P, begin, end, packed_hh_.get());
-      if (p_.w_ih) pack_gates<S, Cell::kGates>(p_.w_ih, p_.H, p_.I, begin, end, packed_ih_.get());
-    });
-    if (p_.w_hr) {
-      packed_hr_ = Buffer<S>(Projection::panels(p_.P) * padded(p_.H) * Projection::kColumns);
-      pack_gates<S, 1>(p_.w_hr, p_.P, p_.H, 0, Projection::panels(p_.P), packed_hr_.get());
+  // The buffers for packed weights, and what is packed before the lanes start.
+  void prepare() {
+    if (plan_.pack_recurrent) {
+      packed_hh_ = Buffer<S>(panels_ * padded(p_.P) * Gates::kColumns);
+      bias_hh_ = pack_bias(p_.b_hh);
+      if (p_.w_hr) {
+        packed_hr_ = Buffer<S>(Projection::panels(p_.P) * padded(p_.H) * Projection::kColumns);
+        pack_gates<S, 1>(p_.w_hr, p_.P, p_.H, 0, Projection::panels(p_.P), packed_hr_.get());
+      }
     }
+    if (p_.w_ih && plan_.pack_input) {
+      packed_ih_ = Buffer<S>(panels_ * padded(p_.I) * Gates::kColumns);
+      bias_ih_ = pack_bias(p_.b_ih);
+    }
+    if (packs_own_panels_) return;
+    in_parallel(pool_, panels_, [&](int64_t begin, int64_t end) {
+      pack_recurrent(begin, end);
+      pack_input(begin, end, begin);
+    });
+  }
+
+  void pack_recurrent(int64_t begin, int64_t end) const {
+    if (S* to = panel_of<Gates>(packed_hh_, p_.P, begin)) {
+      pack_gates<S, Cell::kGates>(p_.w_hh, p_.H, p_.P, begin, end, to);
+    }
+  }
+
+  void pack_input(int64_t begin, int64_t end, int64_t place) const {
+    if (S* to = panel_of<Gates>(packed_ih_, p_.I, place)) {
+      pack_gates<S, Cell::kGates>(p_.w_ih, p_.H, p_.I, begin, end, to);
+    }
+  }
+
+  // A panel of a packed weight with rows of K, or null where it is not packed.
+  template <typename Shape>
+  static S* panel_of(const Buffer<S>& packed, int64_t K, int64_t panel) {
+    return packed.get() ? packed.get() + panel * padded(K) * Shape::kColumns : nullptr;
   }
 
   // out [count, G*kBlock] = bias + rows * the panel of w [G*units, K], packed or not.
   template <typename Shape>
-  static void times(const S* w, const T* bias, const Buffer<S>& packed, const Buffer<T>& packed_bias, int64_t units,
-                    int64_t K, int64_t panel, int count, const S* const* rows, T* out) {
-    if (packed.get()) {
-      product<S, Shape::kVectors>(count, K, rows, packed.get() + panel * padded(K) * Shape::kColumns,
+  static void times(const S* w, const T* bias, const S* packed, const Buffer<T>& packed_bias, int64_t units, int64_t K,
+                    int64_t panel, int count, const S* const* rows, T* out) {
+    if (packed) {
+      product<S, Shape::kVectors>(count, K, rows, packed,
                                   packed_bias.get() ? packed_bias.get() + panel * Shape::kColumns : nullptr, out);
     } else {
       product_unpacked<S, Shape::kGates>(count, K, rows, w, bias, units, panel, out);
@@ -198,10 +229,12 @@ class Forward {
     T* x_gates;  // [panels, rows, G*kBlock]
   };
 
-  void input_gates(int64_t panel, const Chunk& chunk) const {
+  // place: where the panel of W_ih lies if it is packed.
+  void input_gates(int64_t panel, int64_t place, const Chunk& chunk) const {
+    const S* packed = panel_of<Gates>(packed_ih_, p_.I, place);
     T* out = chunk.x_gates + panel * chunk.rows * Gates::kColumns;
     for_each_tile(0, chunk.rows, kTileRows<Gates::kVectors>, [&](int64_t first, int count) {
-      times<Gates>(p_.w_ih, p_.b_ih, packed_ih_, bias_ih_, p_.H, p_.I, panel, count, chunk.input + first,
+      times<Gates>(p_.w_ih, p_.b_ih, packed, bias_ih_, p_.H, p_.I, panel, count, chunk.input + first,
                    out + first * Gates::kColumns);
     });
   }
@@ -214,6 +247,7 @@ class Forward {
   }
 
   void step(const Lane& lane, int64_t s, int64_t panel, int64_t in_chunk, const Chunk& chunk) const {
+    const S* packed = panel_of<Gates>(packed_hh_, p_.P, panel);
     constexpr int kRows = kTileRows<Gates::kVectors>;
     for_each_tile(lane.begin, lane.begin + lane.count(p_.steps, s), kRows, [&](int64_t b, int count) {
       const int64_t chunk_row = in_chunk + b - lane.begin;
@@ -223,7 +257,7 @@ class Forward {
         h_rows[r] = h_before(s, b + r);
         product_rows[r] = p_.h_in ? p_.h_in + p_.steps.row(s, b + r) * p_.P : h_rows[r];
       }
-      times<Gates>(p_.w_hh, p_.b_hh, packed_hh_, bias_hh_, p_.H, p_.P, panel, count, product_rows, h_gates);
+      times<Gates>(p_.w_hh, p_.b_hh, packed, bias_hh_, p_.H, p_.P, panel, count, product_rows, h_gates);
       for (int r = 0; r < count; ++r) {
         const int64_t row = chunk_row + r;
         const T* h_gates_row = h_gates + r * Gates::kColumns;
@@ -288,12 +322,13 @@ class Forward {
   void project(int64_t s, int64_t begin, int64_t end) const {
     constexpr int kRows = kTileRows<Projection::kVectors>;
     for (int64_t panel = 0; panel < Projection::panels(p_.P); ++panel) {
+      const S* packed = panel_of<Projection>(packed_hr_, p_.H, panel);
       const int64_t j0 = panel * Projection::kBlock;
       for_each_tile(begin, end, kRows, [&](int64_t b0, int count) {
         const S* rows[kMaxTileRows];
         for (int r = 0; r < count; ++r) rows[r] = m_.get() + (b0 + r) * p_.H;
         alignas(64) T h[kRows * Projection::kColumns];
-        times<Projection>(p_.w_hr, nullptr, packed_hr_, {}, p_.P, p_.H, panel, count, rows, h);
+        times<Projection>(p_.w_hr, nullptr, packed, {}, p_.P, p_.H, panel, count, rows, h);
         for (int r = 0; r < count; ++r) {
           const int64_t b = b0 + r;
           for_each_vector<T>(j0, j0 + Projection::kBlock, p_.P, [&](int64_t j, auto lanes) {
@@ -310,13 +345,14 @@ class Forward {
   const ThreadPool& pool_;
   const CpuPlan plan_;
   const int64_t panels_;
-  Buffer<S> packed_ih_;  // [panels, I, G*kBlock]
-  Buffer<S> packed_hh_;  // [panels, P, G*kBlock]
-  Buffer<S> packed_hr_;  // [panels of P, H, kBlock]
-  Buffer<T> bias_ih_;    // [panels, G*kBlock]
-  Buffer<T> bias_hh_;    // [panels, G*kBlock]
-  Buffer<S> m_;          // [B, H]  h before the projection
-  Buffer<S> zeros_;      // [P]  h after a reset
+  const bool packs_own_panels_;  // each thread those that it multiplies with, else all threads together for all
+  Buffer<S> packed_ih_;          // [panels, I, G*kBlock]
+  Buffer<S> packed_hh_;          // [panels, P, G*kBlock]
+  Buffer<S> packed_hr_;          // [panels of P, H, kBlock]
+  Buffer<T> bias_ih_;            // [panels, G*kBlock]
+  Buffer<T> bias_hh_;            // [panels, G*kBlock]
+  Buffer<S> m_;                  // [B, H]  h before the projection
+  Buffer<S> zeros_;              // [P]  h after a reset
   std::vector<Lane> lanes_;
 };
 

@@ -182,8 +182,8 @@ FASTRNN_HD void transpose(Vec<T> (&square)[kWidth<T>]) {
   if constexpr (kHalf > 1) transpose<T, kHalf / 2>(square);
 }
 
-// Packs the panels [begin, end) of w [G*units, K], so that a product reads them front to back: [panel][K /
-// kDepth][G][kBlock] words, with zeros past the last unit and past K.
+// Packs the panels [begin, end) of w [G*units, K], so that a product reads them front to back:
+// [panel - begin][K / kDepth][G][kBlock] words, with zeros past the last unit and past K.
 template <typename S, int kGates>
 void pack_gates(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end, S* packed) {
   using Word = typename Multiply<S>::Word;
@@ -191,7 +191,7 @@ void pack_gates(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end
   constexpr int kW = kWidth<Word>, kDepth = Multiply<S>::kDepth;
   const int64_t words = (K + kDepth - 1) / kDepth;
   for (int64_t panel = begin; panel < end; ++panel) {
-    S* to = packed + panel * words * Shape::kColumns * kDepth;
+    S* to = packed + (panel - begin) * words * Shape::kColumns * kDepth;
     for (int64_t column = 0; column < Shape::kColumns; column += kW) {
       const int64_t g = column / Shape::kBlock, unit = panel * Shape::kBlock + column % Shape::kBlock;
       const int64_t here = std::clamp<int64_t>(units - unit, 0, kW);
@@ -302,27 +302,48 @@ void product(int count, int64_t K, const S* const* rows, const S* panel, const S
   product<S, kVectors>(count, K, rows, panel, kVectors * kWidth<Sum<S>> * Multiply<S>::kDepth, start, out);
 }
 
-// Weights that serve fewer rows than this in a whole launch are read where they are: packing them would cost more.
-inline constexpr int64_t kRowsWorthPacking = 16;
+// Lane i: the sum of the lanes of v[i]. v is used up.
+template <typename T, int kHalf = kWidth<T> / 2>
+FASTRNN_HD Vec<T> lane_sums(Vec<T>* v) {
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    constexpr auto kLanes = std::make_index_sequence<kWidth<T>>();
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalf; ++i) {
+      v[i] = interleave<T, kHalf, false>(v[i], v[i + kHalf], kLanes) +
+             interleave<T, kHalf, true>(v[i], v[i + kHalf], kLanes);
+    }
+    return lane_sums<T, kHalf / 2>(v);
+  }
+}
 
-// The dot products of x [K] with the rows of w [count, K], count <= W. Lanes past count repeat the last one.
-template <typename S, typename T = typename Multiply<S>::T>
-FASTRNN_HD Vec<T> dots(int64_t K, const S* x, const S* w, int64_t count) {
+// The dot products of x [K] with `lanes` rows of w [lanes, K]. Lanes past them repeat the last one.
+template <typename S, typename Lanes, typename T = typename Multiply<S>::T>
+FASTRNN_HD Vec<T> dots(int64_t K, const S* x, const S* w, Lanes lanes) {
   using M = Multiply<S>;
   using Words = Vec<typename M::Word>;
   constexpr int kW = kWidth<T>;
   Vec<T> sums[kW];
 #pragma GCC unroll 16
   for (int j = 0; j < kW; ++j) sums[j] = Vec<T>{};
-  const S* row[kW];
-#pragma GCC unroll 16
-  for (int j = 0; j < kW; ++j) row[j] = w + std::min<int64_t>(j, count - 1) * K;
+  // Few pointers, and the other rows at fixed distances from them: one for each row would not fit the registers.
+  constexpr bool kAll = std::is_same_v<Lanes, AllLanes>;
+  const S* quarter[kW / 4];
+  for (int i = 0; i < kW / 4; ++i) quarter[i] = w + i * 4 * K;
+  const auto row = [&](int j) FASTRNN_INLINE {
+    if constexpr (kAll) {
+      return quarter[j / 4] + j % 4 * K;
+    } else {
+      return w + std::min(j, lanes - 1) * K;
+    }
+  };
   const auto add = [&](int64_t k, size_t bytes) FASTRNN_INLINE {
     Words v{}, u{};
     std::memcpy(&v, x + k, bytes);
 #pragma GCC unroll 16
     for (int j = 0; j < kW; ++j) {
-      std::memcpy(&u, row[j] + k, bytes);
+      std::memcpy(&u, row(j) + k, bytes);
       M::add(sums[j], v, u);
     }
   };
@@ -330,11 +351,7 @@ FASTRNN_HD Vec<T> dots(int64_t K, const S* x, const S* w, int64_t count) {
   int64_t k = 0;
   for (; k + kStep <= K; k += kStep) add(k, sizeof(Words));
   if (k < K) add(k, (K - k) * sizeof(S));
-  transpose<T>(sums);
-  Vec<T> sum = sums[0];
-#pragma GCC unroll 16
-  for (int i = 1; i < kW; ++i) sum += sums[i];
-  return sum;
+  return lane_sums<T>(sums);
 }
 
 // A product with panel `panel` of w [G*units, K] as it is, with its bias [G*units] or null: what product() gives for
@@ -344,14 +361,15 @@ void product_unpacked(int count, int64_t K, const S* const* rows, const S* w, co
                       int64_t panel, Sum<S>* out) {
   using T = Sum<S>;
   using Shape = PanelShape<T, kGates>;
-  for (int64_t column = 0; column < Shape::kColumns; column += kWidth<T>) {
-    const int64_t g = column / Shape::kBlock, unit = panel * Shape::kBlock + column % Shape::kBlock;
-    const int here = static_cast<int>(std::min<int64_t>(kWidth<T>, units - unit));
-    if (here <= 0) continue;
-    const Vec<T> start = bias ? load(bias + g * units + unit, here) : Vec<T>{};
-    for (int r = 0; r < count; ++r) {
-      store(out + r * Shape::kColumns + column, start + dots(K, rows[r], w + (g * units + unit) * K, here));
-    }
+  const int64_t first = panel * Shape::kBlock;
+  for (int g = 0; g < kGates; ++g) {
+    for_each_vector<T>(first, first + Shape::kBlock, units, [&](int64_t unit, auto lanes) FASTRNN_INLINE {
+      const int64_t row = g * units + unit, column = g * Shape::kBlock + unit - first;
+      const Vec<T> start = bias ? load(bias + row, lanes) : Vec<T>{};
+      for (int r = 0; r < count; ++r) {
+        store(out + r * Shape::kColumns + column, start + dots(K, rows[r], w + row * K, lanes));
+      }
+    });
   }
 }
 
