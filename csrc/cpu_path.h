@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // CPU: the kernels run the whole sequence. Where they have no form for a 16-bit type, it is converted to float on the
-// way in and back on the way out.
+// way in and back on the way out: float16 always, bfloat16 on processors that do not multiply it.
 #pragma once
 
 #include <cstring>
@@ -22,8 +22,8 @@ inline const ThreadPool& torch_threads() {
 template <template <typename> class Cell>
 struct CpuPath {
   // The type of the tensors in a Layer.
-  static ScalarType compute(ScalarType storage, bool save) {
-    const bool bf16 = storage == ScalarType::BFloat16 && !save && best_isa() == Isa::avx512_bf16;
+  static ScalarType compute(ScalarType storage, bool /*save*/) {
+    const bool bf16 = storage == ScalarType::BFloat16 && best_isa() == Isa::avx512_bf16;
     return bf16 ? storage : acc_dtype(storage);
   }
 
@@ -40,17 +40,13 @@ struct CpuPath {
     if (cells) r.cells = empty(l.input, {l.T, l.B, l.H}, t);
     if (l.h_mask) r.h_in = empty(l.input, {l.N, l.P}, t);
     if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
-    if (save && C::kStates > 1) r.saved_c = empty(l.input, {(C::kStates - 1) * l.N, l.H}, t);
+    if (save && C::kStates > 1) r.saved_c = empty(l.input, {(C::kStates - 1) * l.N, l.H}, acc);
     if (save && l.w_hr) r.saved_m = empty(l.input, {l.N, l.H}, t);
-    if (t == ScalarType::BFloat16) {
-      sequence_forward_bf16_cpu<Cell>(
-          parameters<Bf16>(l, r, in_acc(l.b_ih), in_acc(l.b_hh), in_acc(l.w_cell), in_acc(l.c0)), torch_threads());
-    } else {
-      dispatch_compute(t, [&](auto zero) {
-        using T = decltype(zero);
-        sequence_forward_cpu<Cell, T>(parameters<T>(l, r, l.b_ih, l.b_hh, l.w_cell, l.c0), torch_threads());
-      });
-    }
+    const MaybeTensor b_ih = in_acc(l.b_ih), b_hh = in_acc(l.b_hh), w_cell = in_acc(l.w_cell), c0 = in_acc(l.c0);
+    dispatch_storage(t, [&](auto zero) {
+      using S = decltype(zero);
+      sequence_forward_cpu<Cell, S>(parameters<S>(l, r, b_ih, b_hh, w_cell, c0), torch_threads());
+    });
     if (l.lengths) {
       clear_past_end(l, r.output);
       if (cells) clear_past_end(l, *r.cells);
@@ -60,43 +56,44 @@ struct CpuPath {
 
   static GateGradients backward(const Layer& l, const ForwardResult& r, const ResultGradients& d) {
     using C = Cell<float>;
-    const ScalarType t = acc_dtype(l.storage);
-    const auto prepare = [&](const MaybeTensor& x) -> MaybeTensor {
+    const ScalarType t = compute(l.storage, true), acc = acc_dtype(t);
+    const auto prepare = [](const MaybeTensor& x, ScalarType type) -> MaybeTensor {
       if (!x) return std::nullopt;
-      return dense(to_dtype(*x, t));
+      return dense(to_dtype(*x, type));
     };
-    const MaybeTensor output = prepare(r.output), gates = prepare(r.saved_gates), c = prepare(r.saved_c);
-    const MaybeTensor d_output = prepare(d.output), d_h_n = prepare(d.h_n), d_c_n = prepare(d.c_n);
-    const MaybeTensor d_cells = prepare(d.cells);
+    const MaybeTensor output = prepare(r.output, t), gates = prepare(r.saved_gates, t), c = prepare(r.saved_c, acc);
+    const MaybeTensor d_output = prepare(d.output, t), d_h_n = prepare(d.h_n, acc), d_c_n = prepare(d.c_n, acc);
+    const MaybeTensor d_cells = prepare(d.cells, t), w_cell = in_acc(l.w_cell), c0 = in_acc(l.c0);
     GateGradients g;
     g.d_x_gates = empty(l.input, {l.N, C::kGates * l.H}, t);
     g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
     if (l.w_hr) g.d_projected = empty(l.input, {l.N, l.P}, t);
-    g.d_h0 = empty(l.input, {l.B, l.P}, t);
-    if (C::kStates > 1) g.d_c0 = empty(l.input, sizes_of(*l.c0), t);
-    dispatch_compute(t, [&](auto zero) {
-      using T = decltype(zero);
-      sequence_backward_cpu<Cell, T>({l.B,
+    g.d_h0 = empty(l.input, {l.B, l.P}, acc);
+    if (C::kStates > 1) g.d_c0 = empty(l.input, sizes_of(*l.c0), acc);
+    dispatch_storage(t, [&](auto zero) {
+      using S = decltype(zero);
+      using T = typename AccOf<S>::type;
+      sequence_backward_cpu<Cell, S>({l.B,
                                       l.H,
                                       l.P,
                                       l.N,
                                       l.steps,
-                                      in<T>(l.w_hh),
-                                      in<T>(l.w_hr),
-                                      in<T>(l.w_cell),
-                                      in<T>(l.h0),
-                                      in<T>(l.c0),
-                                      l.controls<T>(),
-                                      in<T>(output),
-                                      in<T>(gates),
+                                      in<S>(l.w_hh),
+                                      in<S>(l.w_hr),
+                                      in<T>(w_cell),
+                                      in<S>(l.h0),
+                                      in<T>(c0),
+                                      l.controls<S>(),
+                                      in<S>(output),
+                                      in<S>(gates),
                                       in<T>(c),
-                                      in<T>(d_output),
+                                      in<S>(d_output),
                                       in<T>(d_h_n),
                                       in<T>(d_c_n),
-                                      in<T>(d_cells),
-                                      out<T>(g.d_x_gates),
-                                      out<T>(g.d_h_gates),
-                                      out<T>(g.d_projected),
+                                      in<S>(d_cells),
+                                      out<S>(g.d_x_gates),
+                                      out<S>(g.d_h_gates),
+                                      out<S>(g.d_projected),
                                       out<T>(g.d_h0),
                                       out<T>(g.d_c0)},
                                      torch_threads());
@@ -108,15 +105,15 @@ struct CpuPath {
   static Tensor input_gradient(const Layer& l, const Tensor& d_x_gates) {
     const ScalarType t = d_x_gates.scalar_type();
     const Tensor d_input = empty(d_x_gates, {l.N, l.I}, t);
-    dispatch_compute(t, [&](auto zero) {
-      using T = decltype(zero);
-      std::vector<T*> rows;
-      for_each_row(l, [&](int64_t s, int64_t b) { rows.push_back(out<T>(d_input) + l.steps.place(s, b) * l.I); });
+    dispatch_storage(t, [&](auto zero) {
+      using S = decltype(zero);
+      std::vector<S*> rows;
+      for_each_row(l, [&](int64_t s, int64_t b) { rows.push_back(out<S>(d_input) + l.steps.place(s, b) * l.I); });
       if (l.w_ih) {
-        input_gradient_cpu<T>({l.real_rows(), d_x_gates.size(1), l.I, in<T>(d_x_gates), in<T>(l.w_ih), rows.data()},
+        input_gradient_cpu<S>({l.real_rows(), d_x_gates.size(1), l.I, in<S>(d_x_gates), in<S>(l.w_ih), rows.data()},
                               torch_threads());
       } else {
-        for (int64_t n = 0; n < l.real_rows(); ++n) std::copy_n(in<T>(d_x_gates) + n * l.I, l.I, rows[n]);
+        for (int64_t n = 0; n < l.real_rows(); ++n) std::copy_n(in<S>(d_x_gates) + n * l.I, l.I, rows[n]);
       }
     });
     if (l.lengths) clear_past_end(l, d_input);
@@ -157,13 +154,15 @@ struct CpuPath {
   // The sum over all rows of the gradient of a gate times c before the step, or as the step made it.
   static Tensor parameter_gradient(const Layer& l, const GateGradients& g, const ForwardResult& r) {
     using C = Cell<float>;
-    const ScalarType t = g.d_x_gates.scalar_type();
+    const ScalarType t = acc_dtype(l.storage);
     const Tensor saved_c = dense(to_dtype(*r.saved_c, t)), saved_gates = dense(to_dtype(*r.saved_gates, t));
+    const Tensor d_x_gates = to_dtype(g.d_x_gates, t);
+    const MaybeTensor first_c = in_acc(l.c0);
     const Tensor d_w = empty(l.input, {C::kParameters * l.H}, t);
     set_zero(d_w);
     dispatch_compute(t, [&](auto zero) {
       using T = decltype(zero);
-      const T *c = in<T>(saved_c), *gates = in<T>(saved_gates), *d_gates = in<T>(g.d_x_gates), *c0 = in<T>(l.c0);
+      const T *c = in<T>(saved_c), *gates = in<T>(saved_gates), *d_gates = in<T>(d_x_gates), *c0 = in<T>(first_c);
       const uint8_t* resets = in<uint8_t>(l.reset);
       T* sums = out<T>(d_w);
       for_each_row(l, [&](int64_t s, int64_t b) {
@@ -196,7 +195,17 @@ struct CpuPath {
 
  private:
   static MaybeTensor in_acc(const MaybeTensor& t) {
-    return t ? MaybeTensor(to_dtype(*t, ScalarType::Float)) : std::nullopt;
+    return t ? MaybeTensor(to_dtype(*t, acc_dtype(t->scalar_type()))) : std::nullopt;
+  }
+
+  // Calls f with a value of the type that the kernels read.
+  template <typename F>
+  static void dispatch_storage(ScalarType t, const F& f) {
+    if (t == ScalarType::BFloat16) {
+      f(Bf16{});
+    } else {
+      dispatch_compute(t, f);
+    }
   }
 
   template <typename S, typename T = typename AccOf<S>::type>
@@ -226,9 +235,9 @@ struct CpuPath {
     p.h_n = out<S>(r.h_n);
     p.c_n = out<T>(r.c_n);
     p.cells = out<S>(r.cells);
-    p.saved_gates = out<T>(r.saved_gates);
+    p.saved_gates = out<S>(r.saved_gates);
     p.saved_c = out<T>(r.saved_c);
-    p.saved_m = out<T>(r.saved_m);
+    p.saved_m = out<S>(r.saved_m);
     p.h_in = out<S>(r.h_in);
     return p;
   }
@@ -260,14 +269,15 @@ struct CpuPath {
     const ScalarType t = d_gates.scalar_type();
     const int64_t M = d_gates.size(1);
     WeightAndBias d;
-    if (weight) d.weight = empty(d_gates, {M, K}, t);
-    if (bias) d.bias = empty(d_gates, {M}, t);
-    dispatch_compute(t, [&](auto zero) {
-      using T = decltype(zero);
-      std::vector<const T*> rows;
+    if (weight) d.weight = empty(d_gates, {M, K}, acc_dtype(t));
+    if (bias) d.bias = empty(d_gates, {M}, acc_dtype(t));
+    dispatch_storage(t, [&](auto zero) {
+      using S = decltype(zero);
+      using T = typename AccOf<S>::type;
+      std::vector<const S*> rows;
       rows.reserve(l.real_rows());
       if (weight) list(zero, rows);
-      weight_gradient_cpu<T>({l.real_rows(), M, K, in<T>(d_gates), rows.data(), out<T>(d.weight), out<T>(d.bias)},
+      weight_gradient_cpu<S>({l.real_rows(), M, K, in<S>(d_gates), rows.data(), out<T>(d.weight), out<T>(d.bias)},
                              torch_threads());
     });
     return d;

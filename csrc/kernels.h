@@ -32,8 +32,8 @@
 namespace fastrnn {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// CPU: one launch runs one layer in one direction over the whole sequence. scalar_t is float or double; Bf16 has a
-// forward pass for inference, on processors that multiply it.
+// CPU: one launch runs one layer in one direction over the whole sequence. scalar_t is float or double; or Bf16, where
+// best_isa() is avx512_bf16.
 
 // Where step t lives. Dense: count(t) == B for every t. Packed: rows of longer sequences first, counts non-increasing.
 // With lengths: input and output are dense, what lies between them is packed, and the batch runs in the order of the
@@ -108,41 +108,42 @@ struct SequenceForward {
   const acc_t* c0;         // [C, B, H]  the C = kStates - 1 states beside h; null for cells without
   Controls<scalar_t> controls;
   // outputs
-  scalar_t* output;    // [R, P]
-  scalar_t* h_n;       // [B, P]
-  acc_t* c_n;          // [C, B, H]; null for cells without c. Holds the running state
-  scalar_t* cells;     // [R, H]  c after each step, or null
-  acc_t* saved_gates;  // [N, kSaved*H]; null in inference
-  acc_t* saved_c;      // [C, N, H]  c after each step; null in inference and for cells without c
-  acc_t* saved_m;      // [N, H]  h before the projection; null in inference and without a projection
-  scalar_t* h_in;      // [N, P]  what the recurrent product reads: h before the step, masked; null without h_mask
+  scalar_t* output;       // [R, P]
+  scalar_t* h_n;          // [B, P]
+  acc_t* c_n;             // [C, B, H]; null for cells without c. Holds the running state
+  scalar_t* cells;        // [R, H]  c after each step, or null
+  scalar_t* saved_gates;  // [N, kSaved*H]; null in inference
+  acc_t* saved_c;         // [C, N, H]  c after each step; null in inference and for cells without c
+  scalar_t* saved_m;      // [N, H]  h before the projection; null in inference and without a projection
+  scalar_t* h_in;         // [N, P]  what the recurrent product reads: h before the step, masked; null without h_mask
 };
 
 template <typename scalar_t>
 struct SequenceBackward {
+  using acc_t = typename AccOf<scalar_t>::type;
   int64_t B, H, P;
   int64_t N;  // rows of what is packed
   Steps steps;
   // inputs
-  const scalar_t* w_hh;    // [G*H, P]
-  const scalar_t* w_hr;    // [P, H] or null
-  const scalar_t* w_cell;  // [kParameters*H] or null
-  const scalar_t* h0;      // [B, P]
-  const scalar_t* c0;      // [C, B, H]; null for cells without c
+  const scalar_t* w_hh;  // [G*H, P]
+  const scalar_t* w_hr;  // [P, H] or null
+  const acc_t* w_cell;   // [kParameters*H] or null
+  const scalar_t* h0;    // [B, P]
+  const acc_t* c0;       // [C, B, H]; null for cells without c
   Controls<scalar_t> controls;
   const scalar_t* output;       // [R, P]
   const scalar_t* saved_gates;  // [N, kSaved*H]
-  const scalar_t* saved_c;      // [C, N, H]; null for cells without c
+  const acc_t* saved_c;         // [C, N, H]; null for cells without c
   const scalar_t* d_output;     // [R, P] or null: zero
-  const scalar_t* d_h_n;        // [B, P] or null: zero
-  const scalar_t* d_c_n;        // [C, B, H] or null: zero
+  const acc_t* d_h_n;           // [B, P] or null: zero
+  const acc_t* d_c_n;           // [C, B, H] or null: zero
   const scalar_t* d_cells;      // [R, H] or null: zero
   // outputs
   scalar_t* d_x_gates;    // [N, G*H]
   scalar_t* d_h_gates;    // [N, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
   scalar_t* d_projected;  // [N, P]  gradient of h after the projection; null without one
-  scalar_t* d_h0;         // [B, P]  carries the direct part of d_h from step to step
-  scalar_t* d_c0;         // [C, B, H]  carries d_c; null for cells without c
+  acc_t* d_h0;            // [B, P]  carries the direct part of d_h from step to step
+  acc_t* d_c0;            // [C, B, H]  carries d_c; null for cells without c
 };
 
 // d_input = d_x_gates W_ih.
@@ -157,11 +158,12 @@ struct InputGradient {
 // d_weight = the sum over n of d_gates[n]^T rows[n], and d_bias that of d_gates[n].
 template <typename scalar_t>
 struct WeightGradient {
+  using acc_t = typename AccOf<scalar_t>::type;
   int64_t N, M, K;
   const scalar_t* d_gates;      // [N, M]
   const scalar_t* const* rows;  // [N] rows of K: what the weight was multiplied with
-  scalar_t* d_weight;           // [M, K] or null
-  scalar_t* d_bias;             // [M] or null
+  acc_t* d_weight;              // [M, K] or null
+  acc_t* d_bias;                // [M] or null
 };
 
 template <typename scalar_t>
@@ -170,9 +172,6 @@ template <typename scalar_t>
 void weight_gradient_cpu(const WeightGradient<scalar_t>&, const ThreadPool&);
 template <template <typename> class Cell, typename scalar_t>
 void sequence_forward_cpu(const SequenceForward<scalar_t>&, const ThreadPool&);
-// For inference, where best_isa() is avx512_bf16.
-template <template <typename> class Cell>
-void sequence_forward_bf16_cpu(const SequenceForward<Bf16>&, const ThreadPool&);
 template <template <typename> class Cell, typename scalar_t>
 void sequence_backward_cpu(const SequenceBackward<scalar_t>&, const ThreadPool&);
 

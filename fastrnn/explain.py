@@ -149,9 +149,9 @@ def _notes(data: Tensor, dtype: torch.dtype) -> list[str]:
         notes.append(f"a device refused {refused} persistent kernels in this process: path gates ran instead")
     if data.device.type not in ("cpu", "cuda"):
         notes.append(f"there is no kernel for {data.device.type}: a call raises")
-    if data.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-        where = "in training" if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else "always"
-        notes.append(f"{str(dtype).removeprefix('torch.')} is computed in float32 on the CPU, {where}")
+    multiplied = (torch.float32, torch.float64, *([torch.bfloat16] if _C.isa() == "avx512_bf16" else []))
+    if data.device.type == "cpu" and dtype not in multiplied:
+        notes.append(f"{str(dtype).removeprefix('torch.')} is computed in float32 on this CPU")
     notes += [
         "second and higher derivatives and forward mode (jvp, jacfwd, dual tensors) run fastrnn.reference, plain torch",
         "torch.vmap runs the kernels: once where members share their weights, per member in backward and otherwise",

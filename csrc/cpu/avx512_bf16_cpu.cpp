@@ -29,7 +29,9 @@
 
 #include "tile.h"
 // tile.h comes first
+#include "backward.h"
 #include "forward.h"
+#include "gradients.h"
 #include "launch.h"
 
 #if defined(__clang__)

@@ -6,14 +6,16 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
-template <template <typename> class CellOf, typename T>
+// S: the type that rows and weights are stored in. Sums, c and what is carried from step to step are of type T.
+template <template <typename> class CellOf, typename S>
 class Backward {
  public:
+  using T = typename AccOf<S>::type;
   using V = Vec<T>;
   using Cell = CellOf<V>;
   using Panel = PanelShape<T, 1>;
 
-  Backward(const SequenceBackward<T>& p, const ThreadPool& pool)
+  Backward(const SequenceBackward<S>& p, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
         plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads})),
@@ -55,16 +57,19 @@ class Backward {
 
   // A weight [K, columns], and the panels of it that have been packed.
   struct Matrix {
-    const T* w;
+    const S* w;
     int64_t columns, K, first_packed;
-    Buffer<T> packed;  // [panels, K, kBlock]
+    Buffer<S> packed;  // [panels, padded K, kBlock]
   };
 
-  Matrix pack_matrix(const T* w, int64_t columns, int64_t K, bool all) const {
+  Matrix pack_matrix(const S* w, int64_t columns, int64_t K, bool all) const {
+    all =
+        all || Multiply<S>::kDepth > 1;  // where rows are multiplied in groups they never lie as the product wants them
     const int64_t first = all ? 0 : columns / Panel::kBlock, last = Panel::panels(columns);
-    Matrix matrix{w, columns, K, first, Buffer<T>((last - first) * K * Panel::kColumns)};
+    Matrix matrix{w, columns, K, first, Buffer<S>((last - first) * padded<S>(K) * Panel::kColumns)};
     in_parallel(plan_.threads > 1 && all ? pool_ : kOneThread, last - first, [&](int64_t begin, int64_t end) {
-      pack_columns(w, columns, K, first + begin, first + end, matrix.packed.get() + begin * K * Panel::kColumns);
+      S* to = matrix.packed.get() + begin * padded<S>(K) * Panel::kColumns;
+      pack_matrix_columns(w, columns, K, first + begin, first + end, to);
     });
     return matrix;
   }
@@ -139,14 +144,14 @@ class Backward {
   }
 
   // out [count, kBlock] = rows [count, K] of a matrix from first_row on * a panel.
-  static void rows_times(const Matrix& matrix, int64_t panel, const T* from, int64_t first_row, int count, T* out) {
-    const T* rows[kMaxTileRows];
+  static void rows_times(const Matrix& matrix, int64_t panel, const S* from, int64_t first_row, int count, T* out) {
+    const S* rows[kMaxTileRows];
     for (int r = 0; r < count; ++r) rows[r] = from + (first_row + r) * matrix.K;
     if (panel >= matrix.first_packed) {
-      const T* packed = matrix.packed.get() + (panel - matrix.first_packed) * matrix.K * Panel::kColumns;
-      product<T, Panel::kVectors>(count, matrix.K, rows, packed, nullptr, out);
+      const S* packed = matrix.packed.get() + (panel - matrix.first_packed) * padded<S>(matrix.K) * Panel::kColumns;
+      product<S, Panel::kVectors>(count, matrix.K, rows, packed, nullptr, out);
     } else {
-      product<T, Panel::kVectors>(count, matrix.K, rows, matrix.w + panel * Panel::kBlock, matrix.columns, nullptr,
+      product<S, Panel::kVectors>(count, matrix.K, rows, matrix.w + panel * Panel::kBlock, matrix.columns, nullptr,
                                   out);
     }
   }
@@ -154,7 +159,7 @@ class Backward {
   // The gradient that leaves the s-th step of position b for h before it: through the product and beside it.
   template <typename Lanes>
   FASTRNN_HD V through_step(int64_t s, int64_t b, int64_t j, const T* product, Lanes lanes) const {
-    const Controls<T>& c = p_.controls;
+    const Controls<S>& c = p_.controls;
     const int64_t state = p_.steps.state(b);
     if (c.reset && c.reset[p_.steps.place(s, b)]) return V{};
     V d_product = load(product + j);
@@ -193,8 +198,9 @@ class Backward {
         alignas(64) Tile d_h;
         output_gradient(panel, s, b, count, following, d_h);
         for (int r = 0; r < count; ++r) {
-          const T* from = d_h + r * Panel::kColumns;
-          std::copy(from, from + width, p_.d_projected + (first_row + b + r) * p_.P + j0);
+          for_each_vector<T>(j0, j0 + Panel::kBlock, p_.P, [&](int64_t j, auto lanes) {
+            store(p_.d_projected + (first_row + b + r) * p_.P + j, load(d_h + r * Panel::kColumns + j - j0), lanes);
+          });
           std::fill_n(p_.d_h0 + p_.steps.state(b + r) * p_.P + j0, width, T(0));
         }
       });
@@ -205,11 +211,11 @@ class Backward {
 
   // The cell, for one position and the units of one panel.
   void update(int64_t panel, int64_t s, int64_t b, const T* d_h) const {
-    const Controls<T>& controls = p_.controls;
+    const Controls<S>& controls = p_.controls;
     const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), state = p_.steps.state(b);
     const bool reset = controls.reset && controls.reset[place];
     const bool first = b >= p_.steps.count(s - 1);  // the position's first step
-    const T* h_before = first ? p_.h0 + state * p_.P : p_.output + p_.steps.place(s - 1, b) * p_.P;
+    const S* h_before = first ? p_.h0 + state * p_.P : p_.output + p_.steps.place(s - 1, b) * p_.P;
     const T* c_before = first ? p_.c0 + state * p_.H : p_.saved_c + p_.steps.row(s - 1, b) * p_.H;
     const int64_t c_before_stride = (first ? p_.B : p_.N) * p_.H;
     const int64_t j0 = panel * Panel::kBlock;
@@ -266,7 +272,7 @@ class Backward {
     }
   }
 
-  const SequenceBackward<T>& p_;
+  const SequenceBackward<S>& p_;
   const ThreadPool& pool_;
   const CpuPlan plan_;
   const int64_t panels_;

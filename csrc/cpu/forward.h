@@ -159,24 +159,18 @@ class Forward {
     store(p_.h_in + p_.steps.row(s, b) * p_.P + j, masked, lanes);
   }
 
-  // K rounded up to whole words of the packed weights.
-  static int64_t padded(int64_t K) {
-    constexpr int64_t kDepth = Multiply<S>::kDepth;
-    return (K + kDepth - 1) / kDepth * kDepth;
-  }
-
   // The buffers for packed weights, and what is packed before the lanes start.
   void prepare() {
     if (plan_.pack_recurrent) {
-      packed_hh_ = Buffer<S>(panels_ * padded(p_.P) * Gates::kColumns);
+      packed_hh_ = Buffer<S>(panels_ * padded<S>(p_.P) * Gates::kColumns);
       bias_hh_ = pack_bias(p_.b_hh);
       if (p_.w_hr) {
-        packed_hr_ = Buffer<S>(Projection::panels(p_.P) * padded(p_.H) * Projection::kColumns);
+        packed_hr_ = Buffer<S>(Projection::panels(p_.P) * padded<S>(p_.H) * Projection::kColumns);
         pack_gates<S, 1>(p_.w_hr, p_.P, p_.H, 0, Projection::panels(p_.P), packed_hr_.get());
       }
     }
     if (p_.w_ih && plan_.pack_input) {
-      packed_ih_ = Buffer<S>(panels_ * padded(p_.I) * Gates::kColumns);
+      packed_ih_ = Buffer<S>(panels_ * padded<S>(p_.I) * Gates::kColumns);
       bias_ih_ = pack_bias(p_.b_ih);
     }
     if (packs_own_panels_) return;
@@ -201,7 +195,7 @@ class Forward {
   // A panel of a packed weight with rows of K, or null where it is not packed.
   template <typename Shape>
   static S* panel_of(const Buffer<S>& packed, int64_t K, int64_t panel) {
-    return packed.get() ? packed.get() + panel * padded(K) * Shape::kColumns : nullptr;
+    return packed.get() ? packed.get() + panel * padded<S>(K) * Shape::kColumns : nullptr;
   }
 
   // out [count, G*kBlock] = bias + rows * the panel of w [G*units, K], packed or not.

@@ -4,29 +4,31 @@
 namespace fastrnn::FASTRNN_ISA {
 
 // d_input = d_gates W: rows of d_gates against packed columns of W. A block of rows stays in L2 while the panels pass.
-template <typename T>
-void input_gradient(const InputGradient<T>& p, const ThreadPool& pool) {
+template <typename S>
+void input_gradient(const InputGradient<S>& p, const ThreadPool& pool) {
+  using T = Sum<S>;
   using Panel = PanelShape<T, 1>;
   constexpr int kRows = kTileRows<Panel::kVectors>;
   constexpr int64_t kRowsPerBlock = 16 * kRows;
-  const int64_t panels = Panel::panels(p.I);
-  const Buffer<T> packed(panels * p.M * Panel::kColumns);
+  const int64_t panels = Panel::panels(p.I), panel_size = padded<S>(p.M) * Panel::kColumns;
+  const Buffer<S> packed(panels * panel_size);
   in_parallel(pool, panels, [&](int64_t begin, int64_t end) {
-    pack_columns(p.w_ih, p.I, p.M, begin, end, packed.get() + begin * p.M * Panel::kColumns);
+    pack_matrix_columns(p.w_ih, p.I, p.M, begin, end, packed.get() + begin * panel_size);
   });
   in_parallel(pool, (p.N + kRowsPerBlock - 1) / kRowsPerBlock, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t j0 = panel * Panel::kBlock, width = std::min<int64_t>(Panel::kBlock, p.I - j0);
+        const int64_t j0 = panel * Panel::kBlock;
         const int64_t last = std::min(p.N, (block + 1) * kRowsPerBlock);
         for_each_tile(block * kRowsPerBlock, last, kRows, [&](int64_t first, int count) {
-          const T* rows[kMaxTileRows];
+          const S* rows[kMaxTileRows];
           for (int r = 0; r < count; ++r) rows[r] = p.d_gates + (first + r) * p.M;
           alignas(64) T tile[kRows * Panel::kColumns];
-          product<T, Panel::kVectors>(count, p.M, rows, packed.get() + panel * p.M * Panel::kColumns, nullptr, tile);
+          product<S, Panel::kVectors>(count, p.M, rows, packed.get() + panel * panel_size, nullptr, tile);
           for (int r = 0; r < count; ++r) {
-            const T* from = tile + r * Panel::kColumns;
-            std::copy(from, from + width, p.d_input[first + r] + j0);
+            for_each_vector<T>(j0, j0 + Panel::kBlock, p.I, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+              store(p.d_input[first + r] + j, load(tile + r * Panel::kColumns + j - j0), lanes);
+            });
           }
         });
       }
@@ -36,36 +38,39 @@ void input_gradient(const InputGradient<T>& p, const ThreadPool& pool) {
 
 // d_weight = d_gates^T rows, and the sum of d_gates. The sum over N runs in blocks: those of the rows, packed, and of
 // d_gates, transposed, stay in L2. Threads split the rows of d_weight.
-template <typename T>
+template <typename S>
 class WeightGradients {
  public:
-  WeightGradients(const WeightGradient<T>& p, const ThreadPool& pool) : p_(p), pool_(pool) {}
+  WeightGradients(const WeightGradient<S>& p, const ThreadPool& pool) : p_(p), pool_(pool) {}
 
   void run() const {
     const int64_t groups = (p_.M + kGroup - 1) / kGroup;
     const int64_t shares = std::min<int64_t>(pool_.threads, groups);
-    std::vector<Buffer<T>> packed;
-    for (int64_t i = 0; i < shares; ++i) packed.emplace_back(Panel::panels(p_.K) * kDepth * Panel::kColumns);
+    std::vector<Buffer<S>> packed;
+    for (int64_t i = 0; i < shares; ++i) packed.emplace_back(Panel::panels(p_.K) * kRowsPerBlock * Panel::kColumns);
     in_parallel(shares > 1 ? pool_ : kOneThread, shares, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) share(groups * i / shares, groups * (i + 1) / shares, packed[i].get());
     });
   }
 
  private:
+  using M = Multiply<S>;
+  using T = typename M::T;
   using Panel = PanelShape<T, 1>;
+  static constexpr int kW = kWidth<T>;
   static constexpr int kRows = kTileRows<Panel::kVectors>;
-  static constexpr int64_t kDepth = 256;  // rows of the sequence per block
-  static constexpr int64_t kGroup =
-      48;  // rows of d_weight whose d_gates are transposed at a time: whole tiles and squares
-  static_assert(kGroup % kWidth<T> == 0);
+  static constexpr int64_t kRowsPerBlock = 256 * M::kDepth;
+  // Rows of d_weight whose d_gates are transposed at a time: whole tiles and squares.
+  static constexpr int64_t kGroup = 48;
+  static_assert(kGroup % kW == 0);
 
-  void share(int64_t group_begin, int64_t group_end, T* packed) const {
-    for (int64_t n0 = 0; n0 < p_.N; n0 += kDepth) {
-      const int64_t depth = std::min(kDepth, p_.N - n0);
+  void share(int64_t group_begin, int64_t group_end, S* packed) const {
+    for (int64_t n0 = 0; n0 < p_.N; n0 += kRowsPerBlock) {
+      const int64_t depth = std::min(kRowsPerBlock, p_.N - n0);
       pack_rows(n0, depth, packed);
       for (int64_t group = group_begin; group < group_end; ++group) {
         const int64_t m0 = group * kGroup, count = std::min(kGroup, p_.M - m0);
-        alignas(64) T gates[kGroup * kDepth];  // [count, depth]
+        alignas(64) S gates[kGroup * kRowsPerBlock];  // [count, depth]
         transpose_gates(n0, depth, m0, count, gates);
         if (p_.d_bias) add_bias(n0, depth, m0, count, gates);
         if (p_.d_weight) add_products(n0, depth, m0, count, gates, packed);
@@ -79,56 +84,65 @@ class WeightGradients {
     if (p_.d_bias) std::fill(p_.d_bias + begin, p_.d_bias + end, T(0));
   }
 
-  void pack_rows(int64_t n0, int64_t depth, T* packed) const {
+  void pack_rows(int64_t n0, int64_t depth, S* packed) const {
     if (!p_.d_weight) return;
     for (int64_t panel = 0; panel < Panel::panels(p_.K); ++panel) {
       const int64_t j0 = panel * Panel::kBlock, width = std::min<int64_t>(Panel::kBlock, p_.K - j0);
-      for (int64_t n = 0; n < depth; ++n) {
-        T* to = packed + (panel * depth + n) * Panel::kColumns;
-        std::fill(std::copy(p_.rows[n0 + n] + j0, p_.rows[n0 + n] + j0 + width, to), to + Panel::kColumns, T(0));
-      }
+      pack_columns<S>(
+          depth, width, [&](int64_t n) { return p_.rows[n0 + n] + j0; },
+          packed + panel * padded<S>(depth) * Panel::kColumns);
     }
   }
 
-  void transpose_gates(int64_t n0, int64_t depth, int64_t m0, int64_t count, T* gates) const {
-    constexpr int kW = kWidth<T>;
+  void transpose_gates(int64_t n0, int64_t depth, int64_t m0, int64_t count, S* gates) const {
+    const auto row = [&](int64_t n) { return p_.d_gates + (n0 + n) * p_.M + m0; };
     for (int64_t m = 0; m < count; m += kW) {
       const int64_t here = std::min<int64_t>(kW, count - m);
       int64_t n = 0;
-      for (; here == kW && n + kW <= depth; n += kW) {
-        Vec<T> square[kW];
+      for (; here == kW && n + kW * M::kDepth <= depth; n += kW * M::kDepth) {
+        Vec<typename M::Word> square[kW];
 #pragma GCC unroll 16
-        for (int i = 0; i < kW; ++i) square[i] = load(p_.d_gates + (n0 + n + i) * p_.M + m0 + m);
-        transpose<T>(square);
+        for (int i = 0; i < kW; ++i) {
+          const int64_t first = n + i * M::kDepth;
+          square[i] = M::words(row(first) + m, row(first + M::kDepth - 1) + m, AllLanes{});
+        }
+        transpose<typename M::Word>(square);
 #pragma GCC unroll 16
-        for (int j = 0; j < kW; ++j) store(gates + (m + j) * depth + n, square[j]);
+        for (int j = 0; j < kW; ++j) std::memcpy(gates + (m + j) * depth + n, &square[j], sizeof square[j]);
       }
       for (; n < depth; ++n) {
-        for (int64_t j = 0; j < here; ++j) gates[(m + j) * depth + n] = p_.d_gates[(n0 + n) * p_.M + m0 + m + j];
+        for (int64_t j = 0; j < here; ++j) gates[(m + j) * depth + n] = row(n)[m + j];
       }
     }
   }
 
-  void add_bias(int64_t n0, int64_t depth, int64_t m0, int64_t count, const T* gates) const {
+  void add_bias(int64_t n0, int64_t depth, int64_t m0, int64_t count, const S* gates) const {
+    const S ones[2] = {M::kOne, M::kOne};
+    const auto one = M::repeat(ones, M::kDepth);
     for (int64_t m = 0; m < count; ++m) {
       Vec<T> sums{};
       int64_t n = 0;
-      for (; n + kWidth<T> <= depth; n += kWidth<T>) sums += load(gates + m * depth + n);
+      for (; n + kW * M::kDepth <= depth; n += kW * M::kDepth) {
+        Vec<typename M::Word> words;
+        std::memcpy(&words, gates + m * depth + n, sizeof words);
+        M::add(sums, one, words);
+      }
       T sum = n0 == 0 ? T(0) : p_.d_bias[m0 + m];
-      for (; n < depth; ++n) sum += gates[m * depth + n];
-      for (int i = 0; i < kWidth<T>; ++i) sum += sums[i];
+      for (; n < depth; ++n) sum += M::widen(gates[m * depth + n]);
+      for (int i = 0; i < kW; ++i) sum += sums[i];
       p_.d_bias[m0 + m] = sum;
     }
   }
 
-  void add_products(int64_t n0, int64_t depth, int64_t m0, int64_t count, const T* gates, const T* packed) const {
+  void add_products(int64_t n0, int64_t depth, int64_t m0, int64_t count, const S* gates, const S* packed) const {
     for (int64_t panel = 0; panel < Panel::panels(p_.K); ++panel) {
       const int64_t j0 = panel * Panel::kBlock;
       for_each_tile(0, count, kRows, [&](int64_t m, int tile_rows) {
-        const T* rows[kMaxTileRows];
+        const S* rows[kMaxTileRows];
         for (int r = 0; r < tile_rows; ++r) rows[r] = gates + (m + r) * depth;
         alignas(64) T tile[kRows * Panel::kColumns];
-        product<T, Panel::kVectors>(tile_rows, depth, rows, packed + panel * depth * Panel::kColumns, nullptr, tile);
+        product<S, Panel::kVectors>(tile_rows, depth, rows, packed + panel * padded<S>(depth) * Panel::kColumns,
+                                    nullptr, tile);
         for (int r = 0; r < tile_rows; ++r) {
           for_each_vector<T>(j0, j0 + Panel::kBlock, p_.K, [&](int64_t j, auto lanes) FASTRNN_INLINE {
             T* to = p_.d_weight + (m0 + m + r) * p_.K + j;
@@ -140,7 +154,7 @@ class WeightGradients {
     }
   }
 
-  const WeightGradient<T>& p_;
+  const WeightGradient<S>& p_;
   const ThreadPool& pool_;
 };
 

@@ -7,10 +7,6 @@ template <template <typename> class Cell, typename scalar_t>
 void sequence_forward(const SequenceForward<scalar_t>& p, const ThreadPool& pool) {
   Forward<Cell, scalar_t>(p, pool).run();
 }
-#if defined(FASTRNN_BF16)
-#define FASTRNN_INSTANTIATE(name, Cell) \
-  template void sequence_forward<Cell>(const SequenceForward<Bf16>&, const ThreadPool&);
-#else
 template <template <typename> class Cell, typename scalar_t>
 void sequence_backward(const SequenceBackward<scalar_t>& p, const ThreadPool& pool) {
   Backward<Cell, scalar_t>(p, pool).run();
@@ -20,17 +16,25 @@ void weight_gradient(const WeightGradient<scalar_t>& p, const ThreadPool& pool) 
   WeightGradients<scalar_t>(p, pool).run();
 }
 
-template void input_gradient(const InputGradient<float>&, const ThreadPool&);
-template void input_gradient(const InputGradient<double>&, const ThreadPool&);
-template void weight_gradient(const WeightGradient<float>&, const ThreadPool&);
-template void weight_gradient(const WeightGradient<double>&, const ThreadPool&);
-#define FASTRNN_INSTANTIATE(name, Cell)                                                     \
-  template void sequence_forward<Cell>(const SequenceForward<float>&, const ThreadPool&);   \
-  template void sequence_forward<Cell>(const SequenceForward<double>&, const ThreadPool&);  \
-  template void sequence_backward<Cell>(const SequenceBackward<float>&, const ThreadPool&); \
-  template void sequence_backward<Cell>(const SequenceBackward<double>&, const ThreadPool&);
+#define FASTRNN_INSTANTIATE_TYPE(scalar_t)                                         \
+  template void input_gradient(const InputGradient<scalar_t>&, const ThreadPool&); \
+  template void weight_gradient(const WeightGradient<scalar_t>&, const ThreadPool&);
+#define FASTRNN_INSTANTIATE_CELL(Cell, scalar_t)                                             \
+  template void sequence_forward<Cell>(const SequenceForward<scalar_t>&, const ThreadPool&); \
+  template void sequence_backward<Cell>(const SequenceBackward<scalar_t>&, const ThreadPool&);
+#if defined(FASTRNN_BF16)
+FASTRNN_INSTANTIATE_TYPE(Bf16)
+#define FASTRNN_INSTANTIATE(name, Cell) FASTRNN_INSTANTIATE_CELL(Cell, Bf16)
+#else
+FASTRNN_INSTANTIATE_TYPE(float)
+FASTRNN_INSTANTIATE_TYPE(double)
+#define FASTRNN_INSTANTIATE(name, Cell) \
+  FASTRNN_INSTANTIATE_CELL(Cell, float) \
+  FASTRNN_INSTANTIATE_CELL(Cell, double)
 #endif
 FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE)
 #undef FASTRNN_INSTANTIATE
+#undef FASTRNN_INSTANTIATE_CELL
+#undef FASTRNN_INSTANTIATE_TYPE
 
 }  // namespace fastrnn::FASTRNN_ISA

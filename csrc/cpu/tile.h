@@ -87,6 +87,13 @@ struct Multiply {
   using T = S;
   using Word = S;
   static constexpr int kDepth = 1;
+  static constexpr S kOne = 1;
+  FASTRNN_HD static T widen(S x) { return x; }
+  // The words of kDepth rows of a matrix; a second row that is null is zero.
+  template <typename Lanes>
+  FASTRNN_HD static Vec<Word> words(const S* row, const S* /*second*/, Lanes lanes) {
+    return load(row, lanes);
+  }
   FASTRNN_HD static Vec<T> repeat(const S* x, int64_t /*count*/) { return broadcast<Vec<T>>(*x); }
   FASTRNN_HD static void add(Vec<T>& sum, Vec<Word> x, Vec<Word> w) { sum += x * w; }
 };
@@ -100,6 +107,13 @@ struct Multiply<Bf16> {
   using T = float;
   using Word = int32_t;
   static constexpr int kDepth = 2;
+  static constexpr Bf16 kOne{0x3F80};
+  FASTRNN_HD static T widen(Bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+  template <typename Lanes>
+  FASTRNN_HD static Vec<Word> words(const Bf16* row, const Bf16* second, Lanes lanes) {
+    const Vec<Word> low = bits(row, lanes);
+    return second ? low | bits(second, lanes) << 16 : low;
+  }
   FASTRNN_HD static Vec<Word> repeat(const Bf16* x, int64_t count) {
     Word pair = x[0].bits;
     if (count > 1) std::memcpy(&pair, x, sizeof pair);
@@ -108,22 +122,24 @@ struct Multiply<Bf16> {
   FASTRNN_HD static void add(Vec<T>& sum, Vec<Word> x, Vec<Word> w) {
     sum = (Vec<T>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
   }
+  // The bits of a row, zero-extended.
+  template <typename Lanes>
+  FASTRNN_HD static Vec<Word> bits(const Bf16* from, Lanes lanes) {
+    typedef uint16_t Half __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
+    Half half{};
+    if constexpr (std::is_same_v<Lanes, AllLanes>) {
+      std::memcpy(&half, from, sizeof half);
+    } else {
+      std::memcpy(&half, from, sizeof(Bf16) * lanes);
+    }
+    return __builtin_convertvector(half, Vec<Word>);
+  }
 };
 
 // Rows of bfloat16 as vectors of float. Stores round to nearest even; NaN stays NaN.
-typedef uint16_t Bf16Vector __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
-FASTRNN_HD Vec<float> widen(Bf16Vector half) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(half, Vec<int32_t>) << 16);
-}
-FASTRNN_HD Vec<float> load(const Bf16* from, AllLanes) {
-  Bf16Vector half;
-  std::memcpy(&half, from, sizeof half);
-  return widen(half);
-}
-inline Vec<float> load(const Bf16* from, int lanes) {
-  Bf16Vector half{};
-  std::memcpy(&half, from, sizeof(Bf16) * lanes);
-  return widen(half);
+template <typename Lanes>
+FASTRNN_HD Vec<float> load(const Bf16* from, Lanes lanes) {
+  return bit_cast<Vec<float>>(Multiply<Bf16>::bits(from, lanes) << 16);
 }
 template <typename Lanes>
 FASTRNN_HD void store(Bf16* to, Vec<float> v, Lanes lanes) {
@@ -219,19 +235,45 @@ void pack_gates(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end
   }
 }
 
-// Packs the panels [begin, end) of w [K, units], for products with w itself: [panel - begin][K][kBlock].
-template <typename T>
-void pack_columns(const T* w, int64_t units, int64_t K, int64_t begin, int64_t end, T* packed) {
-  using Shape = PanelShape<T, 1>;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    T* to = packed + (panel - begin) * K * Shape::kBlock;
-    const int64_t first = panel * Shape::kBlock;
-    const int64_t here = std::min<int64_t>(Shape::kBlock, units - first);
-    for (int64_t k = 0; k < K; ++k) {
-      const T* row = w + k * units + first;
-      T* to_row = std::copy(row, row + here, to + k * Shape::kBlock);
-      std::fill(to_row, to + (k + 1) * Shape::kBlock, T(0));
+// Packs one panel, for products with a matrix [K, ..] itself: `columns` columns of it from row(k) on, k in [0, K).
+// [K / kDepth][kBlock] words, with zeros past the last column and past K.
+template <typename S, typename Row>
+void pack_columns(int64_t K, int64_t columns, const Row& row, S* packed) {
+  using M = Multiply<S>;
+  using Word = typename M::Word;
+  constexpr int kW = kWidth<Word>;
+  constexpr int64_t kBlock = PanelShape<Word, 1>::kBlock;
+  for (int64_t k = 0; k < K; k += M::kDepth) {
+    const S *first = row(k), *second = k + 1 < std::min<int64_t>(K, k + M::kDepth) ? row(k + 1) : nullptr;
+    for (int64_t j = 0; j < kBlock; j += kW, packed += kW * M::kDepth) {
+      Vec<Word> words{};
+      const S* also = second ? second + j : nullptr;
+      if (j + kW <= columns) {
+        words = M::words(first + j, also, AllLanes{});
+      } else if (j < columns) {
+        words = M::words(first + j, also, static_cast<int>(columns - j));
+      }
+      std::memcpy(packed, &words, sizeof words);
     }
+  }
+}
+
+// K rounded up to whole words.
+template <typename S>
+constexpr int64_t padded(int64_t K) {
+  constexpr int64_t kDepth = Multiply<S>::kDepth;
+  return (K + kDepth - 1) / kDepth * kDepth;
+}
+
+// Packs the panels [begin, end) of w [K, units]: [panel - begin][padded K][kBlock].
+template <typename S>
+void pack_matrix_columns(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end, S* packed) {
+  constexpr int64_t kBlock = PanelShape<Sum<S>, 1>::kBlock;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panel * kBlock;
+    pack_columns<S>(
+        K, std::min(kBlock, units - first), [&](int64_t k) { return w + k * units + first; },
+        packed + (panel - begin) * padded<S>(K) * kBlock);
   }
 }
 
@@ -327,13 +369,13 @@ FASTRNN_HD Vec<T> dots(int64_t K, const S* x, const S* w, Lanes lanes) {
   Vec<T> sums[kW];
 #pragma GCC unroll 16
   for (int j = 0; j < kW; ++j) sums[j] = Vec<T>{};
-  // Few pointers, and the other rows at fixed distances from them: one for each row would not fit the registers.
+  // A pointer to every fourth row, and the others at fixed distances: one for each would not fit the registers.
   constexpr bool kAll = std::is_same_v<Lanes, AllLanes>;
-  const S* quarter[kW / 4];
-  for (int i = 0; i < kW / 4; ++i) quarter[i] = w + i * 4 * K;
+  const S* fourth[(kW + 3) / 4];
+  for (int i = 0; i < (kW + 3) / 4; ++i) fourth[i] = w + i * 4 * K;
   const auto row = [&](int j) FASTRNN_INLINE {
     if constexpr (kAll) {
-      return quarter[j / 4] + j % 4 * K;
+      return fourth[j / 4] + j % 4 * K;
     } else {
       return w + std::min(j, lanes - 1) * K;
     }
