@@ -28,15 +28,17 @@ struct CpuPlan {
   bool pack_input, pack_recurrent;  // whether W_ih and W_hh are packed before use, or read where they are
 };
 
+// Starting a parallel region costs about what one thread does in 0.3 million multiply-adds.
+constexpr bool worth_threads(int64_t multiply_adds) { return multiply_adds >= 300'000; }
+
+// Packing a weight costs about what this many rows cost that are multiplied with it.
+inline constexpr int64_t kRowsWorthPacking = 16;
+
 inline CpuPlan plan_cpu(const CpuProblem& p) {
-  // Starting a parallel region costs about what one thread does in 0.3 million multiply-adds.
-  constexpr int64_t kMinimumWork = 300'000;
   // A barrier costs about what one thread does with 4096 weights read from its cache.
   constexpr int64_t kMinimumWeightsPerThread = 4096;
   // From here on the weights are read from cache often enough per step that reading them in every thread is free.
   constexpr int64_t kRowsPerThread = 4;
-  // Packing a weight costs about what this many rows cost that are multiplied with it.
-  constexpr int64_t kRowsWorthPacking = 16;
   // A single row reads a weight nearly as fast where it is, so that packing pays only after this many steps; sooner
   // where rows of the weight are so long that they drive each other out of the cache.
   constexpr int64_t kStepsWorthPacking = 128, kLongRow = 512;
@@ -51,7 +53,7 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
   const int64_t weights = p.gates * p.H * p.P + (p.P != p.H ? p.P * p.H : 0);
   const int64_t work = p.T * p.B * (weights + p.gates * p.H * p.I);
   if (p.threads <= 1) return plan(Split::rows, 1, "one thread is allowed");
-  if (work < kMinimumWork) return plan(Split::rows, 1, "too little work for a second thread");
+  if (!worth_threads(work)) return plan(Split::rows, 1, "too little work for a second thread");
   if (p.B >= kRowsPerThread * p.threads) return plan(Split::rows, p.threads, "enough rows for every thread");
   if (p.P != p.H) {
     return plan(Split::rows, std::min<int64_t>(p.threads, p.B), "a projection splits by rows only");

@@ -22,10 +22,12 @@ class Backward {
         panels_(Panel::panels(p.H)) {}
 
   void run() {
-    pack();
+    const ThreadPool& pool = plan_.threads > 1 ? pool_ : kOneThread;
+    hh_ = Columns<S>(p_.w_hh, p_.P, Cell::kGates * p_.H, plan_.pack_recurrent, pool);
+    if (p_.w_hr) hr_ = Columns<S>(p_.w_hr, p_.H, p_.P, plan_.pack_recurrent, pool);
     if (plan_.split == Split::units) {
       Team team(plan_.threads);
-      in_parallel(pool_, plan_.threads, [&](int64_t begin, int64_t end) {
+      in_parallel(pool, plan_.threads, [&](int64_t begin, int64_t end) {
         const Team::Range mine = team.join({begin, end});
         if (mine.begin == mine.end) return;
         const int64_t n = plan_.threads;
@@ -34,7 +36,7 @@ class Backward {
       });
     } else {
       const std::vector<int64_t> rows = split_rows(p_.steps, p_.B, plan_.threads);
-      in_parallel(plan_.threads > 1 ? pool_ : kOneThread, plan_.threads, [&](int64_t begin, int64_t end) {
+      in_parallel(pool, plan_.threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) run_part({rows[i], rows[i + 1], 0, panels_}, [](int64_t) {});
       });
     }
@@ -48,31 +50,6 @@ class Backward {
   struct Part {
     int64_t row_begin, row_end, panel_begin, panel_end;
   };
-
-  // The weights of few rows stay where they are, but for a last panel that is not full.
-  void pack() {
-    hh_ = pack_matrix(p_.w_hh, p_.P, Cell::kGates * p_.H, plan_.pack_recurrent);
-    if (p_.w_hr) hr_ = pack_matrix(p_.w_hr, p_.H, p_.P, plan_.pack_recurrent);
-  }
-
-  // A weight [K, columns], and the panels of it that have been packed.
-  struct Matrix {
-    const S* w;
-    int64_t columns, K, first_packed;
-    Buffer<S> packed;  // [panels, padded K, kBlock]
-  };
-
-  Matrix pack_matrix(const S* w, int64_t columns, int64_t K, bool all) const {
-    all =
-        all || Multiply<S>::kDepth > 1;  // where rows are multiplied in groups they never lie as the product wants them
-    const int64_t first = all ? 0 : columns / Panel::kBlock, last = Panel::panels(columns);
-    Matrix matrix{w, columns, K, first, Buffer<S>((last - first) * padded<S>(K) * Panel::kColumns)};
-    in_parallel(plan_.threads > 1 && all ? pool_ : kOneThread, last - first, [&](int64_t begin, int64_t end) {
-      S* to = matrix.packed.get() + begin * padded<S>(K) * Panel::kColumns;
-      pack_matrix_columns(w, columns, K, first + begin, first + end, to);
-    });
-    return matrix;
-  }
 
   template <typename Barrier>
   void run_part(const Part& part, const Barrier& barrier) const {
@@ -97,7 +74,7 @@ class Backward {
             alignas(64) Tile d_h;
             prefetch_rows(panel, s, b, count);
             if (p_.w_hr) {
-              rows_times(hr_, panel, p_.d_projected, first_row + b, count, d_h);
+              hr_.times(panel, p_.d_projected, first_row + b, count, d_h);
             } else {
               output_gradient(panel, s, b, count, following, d_h);
             }
@@ -113,7 +90,7 @@ class Backward {
       for (int64_t panel = part.panel_begin; panel < h0_panel_end; ++panel) {
         for_each_tile(started, end, kRows, [&](int64_t b, int count) {
           alignas(64) Tile d_h;
-          rows_times(hh_, panel, p_.d_h_gates, first_row + b, count, d_h);
+          hh_.times(panel, p_.d_h_gates, first_row + b, count, d_h);
           for (int r = 0; r < count; ++r) {
             T* d_h0 = p_.d_h0 + p_.steps.state(b + r) * p_.P;
             const int64_t j0 = panel * Panel::kBlock;
@@ -143,19 +120,6 @@ class Backward {
     }
   }
 
-  // out [count, kBlock] = rows [count, K] of a matrix from first_row on * a panel.
-  static void rows_times(const Matrix& matrix, int64_t panel, const S* from, int64_t first_row, int count, T* out) {
-    const S* rows[kMaxTileRows];
-    for (int r = 0; r < count; ++r) rows[r] = from + (first_row + r) * matrix.K;
-    if (panel >= matrix.first_packed) {
-      const S* packed = matrix.packed.get() + (panel - matrix.first_packed) * padded<S>(matrix.K) * Panel::kColumns;
-      product<S, Panel::kVectors>(count, matrix.K, rows, packed, nullptr, out);
-    } else {
-      product<S, Panel::kVectors>(count, matrix.K, rows, matrix.w + panel * Panel::kBlock, matrix.columns, nullptr,
-                                  out);
-    }
-  }
-
   // The gradient that leaves the s-th step of position b for h before it: through the product and beside it.
   template <typename Lanes>
   FASTRNN_HD V through_step(int64_t s, int64_t b, int64_t j, const T* product, Lanes lanes) const {
@@ -176,7 +140,7 @@ class Backward {
 
   // d_h of the positions [b, b + count) at step s: of the output, and of the following step or of h_n.
   void output_gradient(int64_t panel, int64_t s, int64_t b, int count, bool following, T* d_h) const {
-    if (following) rows_times(hh_, panel, p_.d_h_gates, p_.steps.row(s + 1, b), count, d_h);
+    if (following) hh_.times(panel, p_.d_h_gates, p_.steps.row(s + 1, b), count, d_h);
     for (int r = 0; r < count; ++r) {
       const int64_t j0 = panel * Panel::kBlock, state = p_.steps.state(b + r), place = p_.steps.place(s, b + r);
       T* product = d_h + r * Panel::kColumns - j0;
@@ -276,8 +240,8 @@ class Backward {
   const ThreadPool& pool_;
   const CpuPlan plan_;
   const int64_t panels_;
-  Matrix hh_;  // [G*H, P]
-  Matrix hr_;  // [P, H]
+  Columns<S> hh_;  // [G*H, P]
+  Columns<S> hr_;  // [P, H]
 };
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -3,28 +3,23 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
-// d_input = d_gates W: rows of d_gates against packed columns of W. A block of rows stays in L2 while the panels pass.
+// d_input = d_gates W: a block of rows stays in L2 while the panels of W pass.
 template <typename S>
-void input_gradient(const InputGradient<S>& p, const ThreadPool& pool) {
+void input_gradient(const InputGradient<S>& p, const ThreadPool& all_threads) {
   using T = Sum<S>;
   using Panel = PanelShape<T, 1>;
   constexpr int kRows = kTileRows<Panel::kVectors>;
   constexpr int64_t kRowsPerBlock = 16 * kRows;
-  const int64_t panels = Panel::panels(p.I), panel_size = padded<S>(p.M) * Panel::kColumns;
-  const Buffer<S> packed(panels * panel_size);
-  in_parallel(pool, panels, [&](int64_t begin, int64_t end) {
-    pack_matrix_columns(p.w_ih, p.I, p.M, begin, end, packed.get() + begin * panel_size);
-  });
+  const ThreadPool& pool = worth_threads(p.N * p.M * p.I) ? all_threads : kOneThread;
+  const Columns<S> w(p.w_ih, p.I, p.M, p.N >= kRowsWorthPacking, pool);
   in_parallel(pool, (p.N + kRowsPerBlock - 1) / kRowsPerBlock, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      for (int64_t panel = 0; panel < panels; ++panel) {
+      for (int64_t panel = 0; panel < Panel::panels(p.I); ++panel) {
         const int64_t j0 = panel * Panel::kBlock;
         const int64_t last = std::min(p.N, (block + 1) * kRowsPerBlock);
         for_each_tile(block * kRowsPerBlock, last, kRows, [&](int64_t first, int count) {
-          const S* rows[kMaxTileRows];
-          for (int r = 0; r < count; ++r) rows[r] = p.d_gates + (first + r) * p.M;
           alignas(64) T tile[kRows * Panel::kColumns];
-          product<S, Panel::kVectors>(count, p.M, rows, packed.get() + panel * panel_size, nullptr, tile);
+          w.times(panel, p.d_gates, first, count, tile);
           for (int r = 0; r < count; ++r) {
             for_each_vector<T>(j0, j0 + Panel::kBlock, p.I, [&](int64_t j, auto lanes) FASTRNN_INLINE {
               store(p.d_input[first + r] + j, load(tile + r * Panel::kColumns + j - j0), lanes);
@@ -41,14 +36,15 @@ void input_gradient(const InputGradient<S>& p, const ThreadPool& pool) {
 template <typename S>
 class WeightGradients {
  public:
-  WeightGradients(const WeightGradient<S>& p, const ThreadPool& pool) : p_(p), pool_(pool) {}
+  WeightGradients(const WeightGradient<S>& p, const ThreadPool& pool)
+      : p_(p), pool_(worth_threads(p.N * p.M * p.K) ? pool : kOneThread) {}
 
   void run() const {
     const int64_t groups = (p_.M + kGroup - 1) / kGroup;
     const int64_t shares = std::min<int64_t>(pool_.threads, groups);
     std::vector<Buffer<S>> packed;
     for (int64_t i = 0; i < shares; ++i) packed.emplace_back(Panel::panels(p_.K) * kRowsPerBlock * Panel::kColumns);
-    in_parallel(shares > 1 ? pool_ : kOneThread, shares, [&](int64_t begin, int64_t end) {
+    in_parallel(pool_, shares, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) share(groups * i / shares, groups * (i + 1) / shares, packed[i].get());
     });
   }

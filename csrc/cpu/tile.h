@@ -265,18 +265,6 @@ constexpr int64_t padded(int64_t K) {
   return (K + kDepth - 1) / kDepth * kDepth;
 }
 
-// Packs the panels [begin, end) of w [K, units]: [panel - begin][padded K][kBlock].
-template <typename S>
-void pack_matrix_columns(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end, S* packed) {
-  constexpr int64_t kBlock = PanelShape<Sum<S>, 1>::kBlock;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t first = panel * kBlock;
-    pack_columns<S>(
-        K, std::min(kBlock, units - first), [&](int64_t k) { return w + k * units + first; },
-        packed + (panel - begin) * padded<S>(K) * kBlock);
-  }
-}
-
 // out [kRows, kVectors*W] = start + rows [kRows, K] * panel [K, kVectors*W], the rows of the panel `stride` elements
 // apart. start: one row for all, or null for zero.
 template <typename S, int kVectors, int kRows>
@@ -414,6 +402,47 @@ void product_unpacked(int count, int64_t K, const S* const* rows, const S* w, co
     });
   }
 }
+
+// A matrix w [K, columns] to multiply rows with from the left. All its panels are packed; or, where few rows come, only
+// a last one that is not full, the others being read where they are.
+template <typename S>
+class Columns {
+ public:
+  using Panel = PanelShape<Sum<S>, 1>;
+
+  Columns() = default;
+  Columns(const S* w, int64_t columns, int64_t K, bool pack, const ThreadPool& pool) : w_(w), columns_(columns), K_(K) {
+    const bool all = pack || Multiply<S>::kDepth > 1;  // no row of w holds words of several rows
+    first_packed_ = all ? 0 : columns / Panel::kBlock;
+    const int64_t panels = Panel::panels(columns) - first_packed_;
+    packed_ = Buffer<S>(panels * padded<S>(K) * Panel::kColumns);
+    in_parallel(all ? pool : kOneThread, panels, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t j0 = (first_packed_ + panel) * Panel::kBlock;
+        pack_columns<S>(
+            K, std::min<int64_t>(Panel::kBlock, columns - j0), [&](int64_t k) { return w + k * columns + j0; },
+            packed_.get() + panel * padded<S>(K) * Panel::kColumns);
+      }
+    });
+  }
+
+  // out [count, kBlock] = rows from first_row on of a matrix [.., K] * a panel.
+  void times(int64_t panel, const S* from, int64_t first_row, int count, Sum<S>* out) const {
+    const S* rows[kMaxTileRows];
+    for (int r = 0; r < count; ++r) rows[r] = from + (first_row + r) * K_;
+    if (panel >= first_packed_) {
+      const S* packed = packed_.get() + (panel - first_packed_) * padded<S>(K_) * Panel::kColumns;
+      product<S, Panel::kVectors>(count, K_, rows, packed, nullptr, out);
+    } else {
+      product<S, Panel::kVectors>(count, K_, rows, w_ + panel * Panel::kBlock, columns_, nullptr, out);
+    }
+  }
+
+ private:
+  const S* w_ = nullptr;
+  int64_t columns_ = 0, K_ = 0, first_packed_ = 0;
+  Buffer<S> packed_;  // [panels from first_packed on, padded K, kBlock]
+};
 
 // Calls f(first row, rows) over [begin, end) in tiles of at most `most` rows, of sizes as even as can be: 6, 5, 5 is
 // faster than 6, 6, 4.
