@@ -325,7 +325,7 @@ def test_explain_names_each_layer_and_direction(device):
     text = str(fastrnn.explain(module, torch.randn(64, 30, 3, device=device)))
     for line in ("layer 0 (T=30 B=64 I=3 H=4 P=2 float32)", "layer 1 reverse (T=30 B=64 I=4 H=4 P=2 float32)"):
         assert line in text
-    kernels = [line for line in text.splitlines() if ("CPU kernel" if device.type == "cpu" else "path ") in line]
+    kernels = [line for line in text.splitlines() if ("fused CPU kernel" if device.type == "cpu" else "path ") in line]
     assert len(kernels) == 4
     assert all(line.split(": ")[-1] for line in kernels)
     assert "fastrnn.reference" in text
