@@ -61,7 +61,7 @@ def _inner_loop(
         The last output (B, H), all outputs (B, T, H) in the order in which the steps ran (with `return_sequences`,
         otherwise the last one), and the final states.
     """
-    if _refusal(self, training):
+    if _refusal(self, training) or torch.onnx.is_in_onnx_export():  # by Keras, which has no translation of operators
         return _KERAS_LOOPS[_kind(self)](self, sequences, initial_state, mask, training)  # type: ignore[no-any-return]
     weights = _weights(self.cell)
     dtype = weights[0].dtype

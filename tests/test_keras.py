@@ -353,6 +353,20 @@ def test_compiled_models(name, only_kernels):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU before"])
+def test_keras_exports_to_onnx(kind, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install fastrnn[adoption]")
+    pytest.importorskip("onnxscript", reason="needs onnxscript: pip install fastrnn[adoption]")
+    layer = pair(kind, dtype="float32")[1]
+    model = keras.Sequential([keras.Input((T, I)), layer, keras.layers.Dense(1)])
+    x = draw(B, T, I).astype("float32")
+    expected = model.predict(x, verbose=0)
+    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (result,) = session.run(None, {session.get_inputs()[0].name: x})
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
 def fresh_import():
     spec = importlib.util.spec_from_file_location("fresh", fast.__file__)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
