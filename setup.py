@@ -34,7 +34,7 @@ OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3"]
 CXX_FLAGS = ["-std=c++17", *OPTIMIZE, "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", f"-I{ROOT}/csrc"]
 NVCC_FLAGS = ["-std=c++17", *OPTIMIZE, "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{ROOT}/csrc"]
-NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage", "-Xfatbin=-compress-all", "-DFASTRNN_WITH_CUDA"]
+NVCC_FLAGS += ["-Xfatbin=-compress-all", "-DFASTRNN_WITH_CUDA"]
 
 
 class CudaToolkit:

@@ -27,6 +27,7 @@ def test_the_blocks_run(tmp_path, monkeypatch):
     lstm = fastrnn.LSTM(64, 8)
     names = {"torch": torch, "nn": nn, "fastrnn": fastrnn, "model": nn.GRU(64, 8), "lstm": lstm}
     names |= {"input": torch.randn(250, 2, 64), "target": torch.randn(250, 2, 8)}
+    names |= {"lengths": torch.tensor([250, 0]), "begins": torch.rand(250, 2) < 0.1}
     names |= {"loss_fn": loss_fn, "optimizer": torch.optim.Adam(lstm.parameters())}
     names |= {"x": torch.randn(20, 10, 1).numpy(), "y": torch.randn(20, 1).numpy(), "other_model": other_model}
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)

@@ -30,9 +30,10 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kMaxGridY = 65535;
 
-template <typename acc_t>
-constexpr int kUnits = 16 / sizeof(acc_t);
-static_assert(kUnits<float> * sizeof(__half) == 8 && kUnits<double> * sizeof(double) == 16);
+// Cells of more than two states own half as many units: their values would take too many registers.
+template <template <typename> class Cell, typename acc_t>
+constexpr int kUnits = 16 / sizeof(acc_t) / (Cell<acc_t>::kStates > 2 ? 2 : 1);
+static_assert(kUnits<LstmCell, float> * sizeof(__half) == 8 && kUnits<LstmCell, double> * sizeof(double) == 16);
 
 // kThreads threads as units across, rows down.
 struct Tiling {
@@ -78,7 +79,7 @@ __device__ __forceinline__ acc_t clipped(acc_t gradient, double most) {
   return gradient < -most ? static_cast<acc_t>(-most) : gradient;
 }
 
-template <template <typename> class Cell, typename scalar_t, typename acc_t, int N>
+template <template <typename> class Cell, typename scalar_t, typename acc_t, int N, bool kControlled>
 __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForward<scalar_t, acc_t> p) {
   using C = Cell<acc_t>;
   const int64_t unit = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * N;
@@ -93,7 +94,8 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
     Values<acc_t, C::kSaved> saved[N];
     acc_t values[N];
 
-    if (!lives(p.controls, row)) {  // what is saved of c stays what is carried, so that a step finds it before itself
+    if (kControlled &&
+        !lives(p.controls, row)) {  // what is saved of c stays what is carried, so that a step finds it before itself
       for (int i = 0; i < N; ++i) values[i] = 0;
       store(p.h_next + state, values);
       if (p.cells) store(p.cells + state, values);
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
       load(values, p.w_cell + k * p.H + unit);
       for (int i = 0; i < N; ++i) w[i][k] = values[i];
     }
-    if (!is_reset(p.controls, row)) {
+    if (!(kControlled && is_reset(p.controls, row))) {
       if (p.h_prev) {
         load(values, p.h_prev + state);
         for (int i = 0; i < N; ++i) prev[i][0] = values[i];
@@ -135,11 +137,13 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
 
 #pragma unroll
     for (int i = 0; i < N; ++i) C::forward(gx[i], gh[i], w[i], prev[i], next[i], saved[i]);
+    if constexpr (kControlled) {
 #pragma unroll
-    for (int k = 0; k < kZones<C>; ++k) {
-      if (!p.controls.zone[k]) continue;
-      zone_share(p.controls, k, state, values);
-      for (int i = 0; i < N; ++i) next[i][k] = zoned(values[i], prev[i][k], next[i][k]);
+      for (int k = 0; k < kZones<C>; ++k) {
+        if (!p.controls.zone[k]) continue;
+        zone_share(p.controls, k, state, values);
+        for (int i = 0; i < N; ++i) next[i][k] = zoned(values[i], prev[i][k], next[i][k]);
+      }
     }
 
     for (int i = 0; i < N; ++i) values[i] = next[i][0];
@@ -157,12 +161,12 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
       for (int i = 0; i < N; ++i) values[i] = next[i][k];
       store(p.c + (k - 1) * p.c_stride + state, values);
       if (p.saved_c) store(p.saved_c + (k - 1) * p.saved_c_stride + state, values);
-      if (k == 1 && p.cells) store(p.cells + state, values);
+      if (kControlled && k == 1 && p.cells) store(p.cells + state, values);
     }
   }
 }
 
-template <template <typename> class Cell, typename scalar_t, typename acc_t, int N>
+template <template <typename> class Cell, typename scalar_t, typename acc_t, int N, bool kControlled>
 __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBackward<scalar_t, acc_t> p) {
   using C = Cell<acc_t>;
   const int64_t unit = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * N;
@@ -177,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
     Values<acc_t, C::kGates> d_gx[N], d_gh[N];
     acc_t values[N];
 
-    if (!lives(p.controls, row)) {  // the gradients of the states stay what they are
+    if (kControlled && !lives(p.controls, row)) {  // the gradients of the states stay what they are
       for (int i = 0; i < N; ++i) values[i] = 0;
 #pragma unroll
       for (int k = 0; k < C::kGates; ++k) {
@@ -188,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
       for (int k = 0; k < C::kParameters; ++k) store(p.d_w_rows + (row * C::kParameters + k) * p.H + unit, values);
       continue;
     }
-    const bool reset = is_reset(p.controls, row);
+    const bool reset = kControlled && is_reset(p.controls, row);
 
 #pragma unroll
     for (int k = 0; k < C::kSaved; ++k) {
@@ -228,24 +232,28 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
       for (int i = 0; i < N; ++i) next[i][k] = values[i];
       load(values, p.d_c + (k - 1) * p.d_c_stride + state);
       for (int i = 0; i < N; ++i) d_next[i][k] = values[i];
-      if (k == 1 && p.d_cells) {
+      if (kControlled && k == 1 && p.d_cells) {
         load(values, p.d_cells + state);
         for (int i = 0; i < N; ++i) d_next[i][k] += values[i];
       }
     }
     ZoneBackward<C, acc_t> zone[N] = {};
+    if constexpr (kControlled) {
 #pragma unroll
-    for (int k = 0; k < kZones<C>; ++k) {
-      if (!p.controls.zone[k]) continue;
-      zone_share(p.controls, k, state, values);
-      for (int i = 0; i < N; ++i) zone[i].before_cell(k, values[i], saved[i], prev[i], next[i], d_next[i]);
+      for (int k = 0; k < kZones<C>; ++k) {
+        if (!p.controls.zone[k]) continue;
+        zone_share(p.controls, k, state, values);
+        for (int i = 0; i < N; ++i) zone[i].before_cell(k, values[i], saved[i], prev[i], next[i], d_next[i]);
+      }
     }
 
 #pragma unroll
     for (int i = 0; i < N; ++i) C::backward(w[i], saved[i], prev[i], next[i], d_next[i], d_prev[i], d_gx[i], d_gh[i]);
+    if constexpr (kControlled) {
 #pragma unroll
-    for (int k = 0; k < kZones<C>; ++k) {
-      for (int i = 0; i < N; ++i) d_prev[i][k] += zone[i].kept[k];
+      for (int k = 0; k < kZones<C>; ++k) {
+        for (int i = 0; i < N; ++i) d_prev[i][k] += zone[i].kept[k];
+      }
     }
 
 #pragma unroll
@@ -270,7 +278,8 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
     store(p.d_h + state, values);
 #pragma unroll
     for (int k = 1; k < C::kStates; ++k) {
-      for (int i = 0; i < N; ++i) values[i] = reset ? acc_t(0) : clipped(d_prev[i][k], p.grad_clip);
+      for (int i = 0; i < N; ++i)
+        values[i] = reset ? acc_t(0) : kControlled ? clipped(d_prev[i][k], p.grad_clip) : d_prev[i][k];
       store(p.d_c + (k - 1) * p.d_c_stride + state, values);
     }
   }
@@ -319,37 +328,40 @@ __global__ void __launch_bounds__(kThreads) update_h_kernel(int64_t rows, int64_
 // ---------------------------------------------------------------------------------------------------------------------
 // Launch
 
-template <int N, typename scalar_t>
-bool aligned_zones(const StepControls<scalar_t>& c) {
-  return (c.zone_is_one_value[0] || aligned_for<N>(c.zone[0])) && (c.zone_is_one_value[1] || aligned_for<N>(c.zone[1]));
+// Steps that the controls touch run one unit a thread: in the other kernels nothing of them is left.
+template <typename scalar_t>
+bool touches(const StepControls<scalar_t>& c) {
+  return c.lengths || c.reset || c.zone[0] || c.zone[1];
 }
 
 template <template <typename> class Cell, typename scalar_t, typename acc_t>
 CudaStatus launch_gates_forward(const GatesForward<scalar_t, acc_t>& p, CudaStream stream) {
   if (p.B == 0 || p.H == 0) return cudaSuccess;
-  constexpr int N = kUnits<acc_t>;
-  const bool vectors = p.H % N == 0 &&
+  constexpr int N = kUnits<Cell, acc_t>;
+  const bool controlled = touches(p.controls) || p.cells;
+  const bool vectors = !controlled && p.H % N == 0 &&
                        aligned_for<N>(p.x_gates, p.h_gates, p.b_hh, p.w_cell, p.h_prev, p.c, p.h_next, p.h_state,
-                                      p.cells, p.saved_gates, p.saved_c) &&
-                       aligned_zones<N>(p.controls);
+                                      p.saved_gates, p.saved_c);
   const Tiling tiling(p.B, vectors ? p.H / N : p.H);
-  return launch(
-      vectors ? gates_forward_kernel<Cell, scalar_t, acc_t, N> : gates_forward_kernel<Cell, scalar_t, acc_t, 1>,
-      {tiling.grid, tiling.block}, static_cast<cudaStream_t>(stream), p);
+  return launch(controlled ? gates_forward_kernel<Cell, scalar_t, acc_t, 1, true>
+                : vectors  ? gates_forward_kernel<Cell, scalar_t, acc_t, N, false>
+                           : gates_forward_kernel<Cell, scalar_t, acc_t, 1, false>,
+                {tiling.grid, tiling.block}, static_cast<cudaStream_t>(stream), p);
 }
 
 template <template <typename> class Cell, typename scalar_t, typename acc_t>
 CudaStatus launch_gates_backward(const GatesBackward<scalar_t, acc_t>& p, CudaStream stream) {
   if (p.B == 0 || p.H == 0) return cudaSuccess;
-  constexpr int N = kUnits<acc_t>;
-  const bool vectors = p.H % N == 0 &&
+  constexpr int N = kUnits<Cell, acc_t>;
+  const bool controlled = touches(p.controls) || p.d_cells || p.grad_clip != 0;
+  const bool vectors = !controlled && p.H % N == 0 &&
                        aligned_for<N>(p.w_cell, p.saved_gates, p.h_prev, p.h_next, p.c_prev, p.c_next, p.d_output,
-                                      p.d_h_product, p.d_cells, p.d_h, p.d_c, p.d_x_gates, p.d_h_gates, p.d_w_rows) &&
-                       aligned_zones<N>(p.controls);
+                                      p.d_h_product, p.d_h, p.d_c, p.d_x_gates, p.d_h_gates, p.d_w_rows);
   const Tiling tiling(p.B, vectors ? p.H / N : p.H);
-  return launch(
-      vectors ? gates_backward_kernel<Cell, scalar_t, acc_t, N> : gates_backward_kernel<Cell, scalar_t, acc_t, 1>,
-      {tiling.grid, tiling.block}, static_cast<cudaStream_t>(stream), p);
+  return launch(controlled ? gates_backward_kernel<Cell, scalar_t, acc_t, 1, true>
+                : vectors  ? gates_backward_kernel<Cell, scalar_t, acc_t, N, false>
+                           : gates_backward_kernel<Cell, scalar_t, acc_t, 1, false>,
+                {tiling.grid, tiling.block}, static_cast<cudaStream_t>(stream), p);
 }
 
 template <class Update>

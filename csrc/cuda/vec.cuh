@@ -48,12 +48,22 @@ __device__ __forceinline__ void load(acc_t (&values)[N], const scalar_t* from) {
   for (int i = 0; i < N; ++i) values[i] = to_acc<acc_t>(vec.value[i]);
 }
 
+__device__ __forceinline__ uint32_t bits(__half value) { return __half_as_ushort(value); }
+__device__ __forceinline__ uint32_t bits(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
+
 template <int N, typename acc_t, typename scalar_t>
 __device__ __forceinline__ void store(scalar_t* to, const acc_t (&values)[N]) {
-  Vec<scalar_t, N> vec;
+  if constexpr (sizeof(scalar_t) == 2 && N == 4) {  // left to the compiler, it may become two stores or four
+    const auto pair = [&](int i) {
+      return bits(from_acc<scalar_t>(values[i])) | bits(from_acc<scalar_t>(values[i + 1])) << 16;
+    };
+    __stwb(reinterpret_cast<uint2*>(to), make_uint2(pair(0), pair(2)));
+  } else {
+    Vec<scalar_t, N> vec;
 #pragma unroll
-  for (int i = 0; i < N; ++i) vec.value[i] = from_acc<scalar_t>(values[i]);
-  *reinterpret_cast<Vec<scalar_t, N>*>(to) = vec;
+    for (int i = 0; i < N; ++i) vec.value[i] = from_acc<scalar_t>(values[i]);
+    *reinterpret_cast<Vec<scalar_t, N>*>(to) = vec;
+  }
 }
 
 // Whether load and store of N values may be used on these pointers; null is never loaded.

@@ -195,6 +195,10 @@ void __stcs(T* address, typename fastrnn::emulation::NonDeducedValue<T>::Type va
 }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+template <typename T>
+void __stwb(T* to, T value) {
+  std::memcpy(to, &value, sizeof value);
+}
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, sizeof bits);
