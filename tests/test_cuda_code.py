@@ -190,7 +190,8 @@ def test_persistent_kernels(arch, storage, tmp_path):
     used_by = {name: used for (_, name), used in machine_code.instructions(binary).items()}
     kernels = {kernel.name: kernel for kernel in machine_code.kernels(binary)}
     precisions = ["fp32", "tf32"] if storage == "fp32" else [storage]
-    parts = itertools.product(("Forward", "Backward"), CELL_NAMES.values(), precisions, ("Shared", "Global"))
+    cells = [CELL_NAMES[cell] for cell in CELLS]
+    parts = itertools.product(("Forward", "Backward"), cells, precisions, ("Shared", "Global"))
     for direction, cell, precision, exchange in parts:
         products, multiply = PRODUCTS[precision]
         wanted = f"{direction}PassI", cell, products, f"{exchange}Exchange"
