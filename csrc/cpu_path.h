@@ -23,9 +23,11 @@ template <template <typename> class Cell>
 struct CpuPath {
   // The type of the tensors in a Layer.
   static ScalarType compute(ScalarType storage, bool /*save*/) {
-    const bool bf16 = storage == ScalarType::BFloat16 && best_isa() == Isa::avx512_bf16;
+    const bool bf16 = storage == ScalarType::BFloat16 && best_isa() == Isa::avx512_bf16 && !kTwoProducts;
     return bf16 ? storage : acc_dtype(storage);
   }
+
+  static constexpr bool kTwoProducts = kResetsBefore<Cell<float>>;
 
   // Sequences of different lengths run in the order of their lengths.
   static constexpr bool kSorts = true;
@@ -65,9 +67,9 @@ struct CpuPath {
     const MaybeTensor d_output = prepare(d.output, t), d_h_n = prepare(d.h_n, acc), d_c_n = prepare(d.c_n, acc);
     const MaybeTensor d_cells = prepare(d.cells, t), w_cell = in_acc(l.w_cell), c0 = in_acc(l.c0);
     GateGradients g;
-    g.d_x_gates = empty(l.input, {l.N, C::kGates * l.H}, t);
+    g.d_x_gates = empty(l.input, {l.N, l.w_hh.size(0)}, t);
     g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
-    if (l.w_hr) g.d_projected = empty(l.input, {l.N, l.P}, t);
+    if (l.w_hr || kTwoProducts) g.d_projected = empty(l.input, {l.N, l.P}, t);
     g.d_h0 = empty(l.input, {l.B, l.P}, acc);
     if (C::kStates > 1) g.d_c0 = empty(l.input, sizes_of(*l.c0), acc);
     dispatch_storage(t, [&](auto zero) {
@@ -79,7 +81,7 @@ struct CpuPath {
                                       l.N,
                                       l.steps,
                                       in<S>(l.w_hh),
-                                      in<S>(l.w_hr),
+                                      second_weight<S>(l),
                                       in<T>(w_cell),
                                       in<S>(l.h0),
                                       in<T>(c0),
@@ -139,7 +141,7 @@ struct CpuPath {
     const MaybeTensor h_in = saved.h_in ? MaybeTensor(dense(to_dtype(*saved.h_in, t))) : std::nullopt;
     const Tensor zeros = empty(output, {l.P}, t);
     set_zero(zeros);
-    return weight_gradient(l, g.d_h_gates, l.P, true, bias, [&](auto zero, auto& rows) {
+    const auto list_h = [&](auto zero, auto& rows) {
       using T = decltype(zero);
       const uint8_t* reset = in<uint8_t>(l.reset);
       for_each_row(l, [&](int64_t s, int64_t b) {
@@ -148,7 +150,25 @@ struct CpuPath {
         if (reset && reset[l.steps.place(s, b)]) h = in<T>(zeros);
         rows.push_back(h_in ? in<T>(h_in) + l.steps.row(s, b) * l.P : h);
       });
-    });
+    };
+    WeightAndBias d = weight_gradient(l, g.d_h_gates, l.P, true, bias, list_h);
+    if constexpr (kTwoProducts) {
+      ForwardResult with_m;  // r h again, from the r that was saved
+      with_m.saved_m = empty(output, {l.N, l.H}, t);
+      dispatch_compute(t, [&](auto zero) {
+        using T = decltype(zero);
+        std::vector<const T*> h;
+        list_h(zero, h);
+        const Tensor gates = dense(to_dtype(*saved.saved_gates, t));
+        const T* r = in<T>(gates);
+        T* m = out<T>(with_m.saved_m);
+        for (size_t n = 0; n < h.size(); ++n, r += Cell<float>::kSaved * l.H, m += l.H) {
+          for (int64_t j = 0; j < l.H; ++j) m[j] = r[j] * h[n][j];
+        }
+      });
+      d.weight = cat_rows(*d.weight, projection_gradient(l, g, with_m));
+    }
+    return d;
   }
 
   // The sum over all rows of the gradient of a gate times c before the step, or as the step made it.
@@ -198,6 +218,12 @@ struct CpuPath {
     return t ? MaybeTensor(to_dtype(*t, acc_dtype(t->scalar_type()))) : std::nullopt;
   }
 
+  // What the second product of a step multiplies with: the projection, or the rows of the last gate.
+  template <typename S>
+  static const S* second_weight(const Layer& l) {
+    return kTwoProducts ? in<S>(l.w_hh) + Cell<float>::kGates * l.H * l.H : in<S>(l.w_hr);
+  }
+
   // Calls f with a value of the type that the kernels read.
   template <typename F>
   static void dispatch_storage(ScalarType t, const F& f) {
@@ -226,7 +252,7 @@ struct CpuPath {
     p.w_hh = in<S>(l.w_hh);
     p.b_ih = in<T>(b_ih);
     p.b_hh = in<T>(b_hh);
-    p.w_hr = in<S>(l.w_hr);
+    p.w_hr = second_weight<S>(l);
     p.w_cell = in<T>(w_cell);
     p.h0 = in<S>(l.h0);
     p.c0 = in<T>(c0);

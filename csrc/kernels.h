@@ -28,6 +28,10 @@
   X(lstm_coupled, CoupledLstmCell)    \
   X(lstm_peephole, PeepholeLstmCell)  \
   X(slstm, SlstmCell)
+// And one that has no CUDA kernel yet.
+#define FASTRNN_FOR_EACH_CPU_CELL(X) \
+  FASTRNN_FOR_EACH_CELL(X)           \
+  X(gru_before, GruBeforeCell)
 
 namespace fastrnn {
 
@@ -102,7 +106,7 @@ struct SequenceForward {
   const scalar_t* w_hh;    // [G*H, P]
   const acc_t* b_ih;       // [G*H] or null
   const acc_t* b_hh;       // [G*H] or null
-  const scalar_t* w_hr;    // [P, H] or null: no projection, P == H
+  const scalar_t* w_hr;    // [P, H] or null: no projection, P == H. Of a cell that resets before: what r h meets
   const acc_t* w_cell;     // [kParameters*H] or null
   const scalar_t* h0;      // [B, P]
   const acc_t* c0;         // [C, B, H]  the C = kStates - 1 states beside h; null for cells without
@@ -139,9 +143,9 @@ struct SequenceBackward {
   const acc_t* d_c_n;           // [C, B, H] or null: zero
   const scalar_t* d_cells;      // [R, H] or null: zero
   // outputs
-  scalar_t* d_x_gates;    // [N, G*H]
+  scalar_t* d_x_gates;    // [N, G*H]; of a cell that resets before [N, 3*H]
   scalar_t* d_h_gates;    // [N, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
-  scalar_t* d_projected;  // [N, P]  gradient of h after the projection; null without one
+  scalar_t* d_projected;  // [N, P]  gradient of what the product with w_hr gave; null without one
   acc_t* d_h0;            // [B, P]  carries the direct part of d_h from step to step
   acc_t* d_c0;            // [C, B, H]  carries d_c; null for cells without c
 };

@@ -13,9 +13,11 @@
 #if defined(FASTRNN_EMULATE)
 #include "persistent_path.h"
 #define FASTRNN_CPU_PATH PersistentPath
+#define FASTRNN_FOR_EACH_REGISTERED_CELL FASTRNN_FOR_EACH_CELL
 #else
 #include "cpu_path.h"
 #define FASTRNN_CPU_PATH CpuPath
+#define FASTRNN_FOR_EACH_REGISTERED_CELL FASTRNN_FOR_EACH_CPU_CELL
 #if defined(FASTRNN_WITH_PERSISTENT)
 #include "persistent_path.h"
 #define FASTRNN_CUDA_PATH PersistentPath
@@ -34,11 +36,12 @@ constexpr const char* kName = nullptr;
 #define FASTRNN_NAME(name, Cell) \
   template <>                    \
   constexpr const char* kName<Cell> = "fastrnn::" #name "_layer";
-FASTRNN_FOR_EACH_CELL(FASTRNN_NAME)
+FASTRNN_FOR_EACH_CPU_CELL(FASTRNN_NAME)
 #undef FASTRNN_NAME
 
 template <template <typename> class Cell>
-constexpr CellFacts kFacts = {Cell<float>::kGates, Cell<float>::kStates, Cell<float>::kParameters};
+constexpr CellFacts kFacts = {Cell<float>::kGates + kResetsBefore<Cell<float>>, Cell<float>::kStates,
+                              Cell<float>::kParameters, kResetsBefore<Cell<float>>};
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
 struct Operator {
@@ -48,7 +51,7 @@ struct Operator {
   static ForwardResult forward(const Arguments& a, bool save, bool cells) {
     a.check_all(kFacts<Cell>);
     const ScalarType storage = a.input.scalar_type();
-    const Layer layer(a, C::kGates, P::compute(storage, save), P::kSorts);
+    const Layer layer(a, kFacts<Cell>.gates, P::compute(storage, save), P::kSorts);
     ForwardResult r = P::forward(layer, save, cells);
     const auto store = [&](const MaybeTensor& t, ScalarType type) -> MaybeTensor {
       if (!t) return std::nullopt;
@@ -75,7 +78,7 @@ struct Operator {
                             bool need_weights) {
     a.check_all(kFacts<Cell>);
     const ScalarType storage = a.input.scalar_type();
-    const Layer layer(a, C::kGates, P::compute(storage, true), P::kSorts);
+    const Layer layer(a, kFacts<Cell>.gates, P::compute(storage, true), P::kSorts);
     const GateGradients g = P::backward(layer, saved, d);
     const auto store = [&](const Tensor& t) { return to_dtype(t, storage); };
 
@@ -274,11 +277,11 @@ void implement(Library& m, const std::string& name) {
 
 STABLE_TORCH_LIBRARY(fastrnn, m) {
 #define FASTRNN_DEFINE(name, Cell) fastrnn::define<fastrnn::Cell>(m, #name);
-  FASTRNN_FOR_EACH_CELL(FASTRNN_DEFINE)
+  FASTRNN_FOR_EACH_CPU_CELL(FASTRNN_DEFINE)
 }
 
 #define FASTRNN_CPU(name, Cell) fastrnn::implement<fastrnn::Cell, fastrnn::FASTRNN_CPU_PATH>(m, #name);
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m){FASTRNN_FOR_EACH_CELL(FASTRNN_CPU)}
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m){FASTRNN_FOR_EACH_REGISTERED_CELL(FASTRNN_CPU)}
 #if defined(FASTRNN_CUDA_PATH)
 #define FASTRNN_CUDA(name, Cell) fastrnn::implement<fastrnn::Cell, fastrnn::FASTRNN_CUDA_PATH>(m, #name);
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {

@@ -18,7 +18,8 @@ enum class Split { rows, units };
 struct CpuProblem {
   int64_t T, B, I, H, P;
   int gates;
-  int threads;  // that the framework allows
+  int threads;                // that the framework allows
+  bool two_products = false;  // a step has a second one, of what the first one gave
 };
 
 struct CpuPlan {
@@ -50,13 +51,14 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
     return CpuPlan{split, static_cast<int>(threads), reason, pack, pack_recurrent};
   };
 
-  const int64_t weights = p.gates * p.H * p.P + (p.P != p.H ? p.P * p.H : 0);
+  const int64_t weights = p.gates * p.H * p.P + (p.P != p.H || p.two_products ? p.P * p.H : 0);
   const int64_t work = p.T * p.B * (weights + p.gates * p.H * p.I);
   if (p.threads <= 1) return plan(Split::rows, 1, "one thread is allowed");
   if (!worth_threads(work)) return plan(Split::rows, 1, "too little work for a second thread");
   if (p.B >= kRowsPerThread * p.threads) return plan(Split::rows, p.threads, "enough rows for every thread");
-  if (p.P != p.H) {
-    return plan(Split::rows, std::min<int64_t>(p.threads, p.B), "a projection splits by rows only");
+  if (p.P != p.H || p.two_products) {
+    const char* reason = p.two_products ? "two products a step split by rows only" : "a projection splits by rows only";
+    return plan(Split::rows, std::min<int64_t>(p.threads, p.B), reason);
   }
   const int64_t by_units = std::min<int64_t>(p.threads, p.B * weights / kMinimumWeightsPerThread);
   const int64_t by_rows = std::min<int64_t>(p.threads, p.B / kRowsPerThread);

@@ -68,8 +68,8 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
         for direction in range(directions):
             label = name if is_cell else f"{name} layer {layer}" + (" reverse" if direction else "")
             sizes = f"T={T} B={B} I={width} H={hidden}" + (f" P={projected}" if projected != hidden else "")
-            if kind == "GRU" and not getattr(module, "reset_after", True):
-                path = "plain torch, step by step (fastrnn.reference): reset_after=False has no kernel yet"
+            if kind == "GRU" and not getattr(module, "reset_after", True) and data.device.type != "cpu":
+                path = "plain torch, step by step (fastrnn.reference): reset_after=False has no CUDA kernel yet"
             elif data.device.type == "cuda" and beyond:
                 path = f"path gates (a matrix product and a fused gate kernel per step): {beyond} is served by it alone"
             elif data.device.type == "cuda":

@@ -102,8 +102,8 @@ class GRU(LayerStack):
 
     where x is the input, above the first layer the output of the layer below after dropout. Beyond torch.nn:
     `fastrnn.options.RecurrentOptions`, and reset_after=False, the GRU as it was published (Cho et al., 2014), which
-    resets before the product: n = tanh(W_in x + b_in + W_hn (r h) + b_hn). It has no kernel yet and runs
-    `fastrnn.reference`, step by step.
+    resets before the product: n = tanh(W_in x + b_in + W_hn (r h) + b_hn). It has no CUDA kernel yet, and runs
+    `fastrnn.reference` there, step by step.
 
     A call takes `input` and optionally `h_0`, zero by default, and returns `output, h_n`:
 

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from typing_extensions import Unpack  # a requirement of torch
 
 from . import _library, reference
@@ -142,19 +143,20 @@ def gru_layer(
 
     The equation is that of `torch.nn.GRU`. With ``reset_after=False`` it is that of Cho et al., "Learning phrase
     representations using RNN encoder-decoder", 2014: ``n = tanh(xn + (r * h) @ w_hn.T + b_hn)``; this form has no
-    kernel yet, and runs `fastrnn.reference` step by step. Arguments, results and errors are those of `rnn_layer`, with
-    G = 3.
+    CUDA kernel yet, and runs `fastrnn.reference` step by step there. Arguments, results and errors are those of
+    `rnn_layer`, with G = 3.
     """
-    if not reset_after:
-        return reference.gru_layer(
-            *(input, w_ih, w_hh, b_ih, b_hh, h0),
-            reset_after=False,
-            batch_sizes=batch_sizes,
-            reverse=reverse,
-            **controls,
-        )
+    operator = _GRU
     arguments = (input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
-    output, h_n, *_ = _GRU(
+    if not reset_after:
+        if input.device.type != "cpu" or not _GRU_BEFORE_HAS_KERNEL:
+            options = _options(Controls, batch_sizes, reverse, _control_arguments("gru_layer", controls, Controls))
+            return reference.gru_layer(input, w_ih, w_hh, b_ih, b_hh, h0, reset_after=False, **options)
+        # Its biases are sums with the input gates, wherever they come from.
+        bias = b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh
+        x_gates = linear(input, w_ih, bias) if w_ih is not None else input if bias is None else input + bias
+        operator, arguments = _GRU_BEFORE, (x_gates, None, w_hh, None, None, h0, batch_sizes, reverse)
+    output, h_n, *_ = operator(
         *arguments, controls=_control_arguments("gru_layer", controls, Controls), recompute=recompute
     )
     return output, h_n
@@ -420,6 +422,8 @@ _RNN = {
     for nonlinearity in ("tanh", "relu", "leaky_relu")
 }
 _GRU = _h_operator("gru_layer", 4, 3, reference.gru_layer)
+_GRU_BEFORE = _h_operator("gru_before_layer", 3, 3, reference.gru_layer, reset_after=False)
+_GRU_BEFORE_HAS_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("fastrnn::gru_before_layer", "CPU")
 _LSTM = _c_operator("lstm_layer", 4, 4, _lstm_definition)
 _LSTM_COUPLED = _c_operator("lstm_coupled_layer", 3, 3, partial(_lstm_definition, coupled=True))
 _LSTM_PEEPHOLE = _c_operator("lstm_peephole_layer", 4, 4, _lstm_definition)

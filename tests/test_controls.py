@@ -26,6 +26,7 @@ CELLS = {
     "rnn_relu": ("rnn_layer", {"nonlinearity": "relu"}, 1, 0),
     "rnn_leaky_relu": ("rnn_layer", {"nonlinearity": "leaky_relu"}, 1, 0),
     "gru": ("gru_layer", {}, 3, 0),
+    "gru_before": ("gru_layer", {"reset_after": False}, 3, 0),
     "lstm": ("lstm_layer", {}, 4, 1),
     "lstm_coupled": ("lstm_layer", {"coupled": True}, 3, 1),
     "lstm_peephole": ("lstm_layer", {"w_peephole": True}, 4, 1),

@@ -53,7 +53,7 @@ def is_gates(name: str, direction: str, cell: str, storage: str, units: str, con
 
 
 SEAM = (ROOT / "csrc/kernels.h").read_text()
-CELL_NAMES = dict(re.findall(r"^\s+X\((\w+), (\w+)\)", SEAM, re.MULTILINE))
+CELL_NAMES = dict(re.findall(r"^\s+X\((\w+), (\w+)\)", SEAM.partition("FOR_EACH_CPU_CELL")[0], re.MULTILINE))
 
 
 def test_every_kernel_is_there_for_every_architecture(binary, archs):

@@ -18,7 +18,7 @@ class Backward {
   Backward(const SequenceBackward<S>& p, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
-        plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads})),
+        plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>})),
         panels_(Panel::panels(p.H)) {}
 
   void run() {
@@ -72,13 +72,19 @@ class Backward {
         const auto tiles = [&](int64_t row_begin, int64_t row_end, bool following) {
           for_each_tile(row_begin, row_end, kRows, [&](int64_t b, int count) {
             alignas(64) Tile d_h;
-            prefetch_rows(panel, s, b, count);
+            if (!kResetsBefore<Cell>) prefetch_rows(panel, s, b, count);
             if (p_.w_hr) {
               hr_.times(panel, p_.d_projected, first_row + b, count, d_h);
             } else {
               output_gradient(panel, s, b, count, following, d_h);
             }
-            for (int r = 0; r < count; ++r) update(panel, s, b + r, d_h + r * Panel::kColumns);
+            for (int r = 0; r < count; ++r) {
+              if constexpr (kResetsBefore<Cell>) {
+                reset_gate(panel, s, b + r, d_h + r * Panel::kColumns);
+              } else {
+                update(panel, s, b + r, d_h + r * Panel::kColumns);
+              }
+            }
           });
         };
         tiles(part.row_begin, going_on, true);
@@ -162,6 +168,10 @@ class Backward {
         alignas(64) Tile d_h;
         output_gradient(panel, s, b, count, following, d_h);
         for (int r = 0; r < count; ++r) {
+          if constexpr (kResetsBefore<Cell>) {
+            finish(panel, s, b + r, d_h + r * Panel::kColumns);
+            continue;
+          }
           for_each_vector<T>(j0, j0 + Panel::kBlock, p_.P, [&](int64_t j, auto lanes) {
             store(p_.d_projected + (first_row + b + r) * p_.P + j, load(d_h + r * Panel::kColumns + j - j0), lanes);
           });
@@ -171,6 +181,56 @@ class Backward {
     };
     tiles(row_begin, going_on, true);
     tiles(going_on, row_end, false);
+  }
+
+  // Of a cell that resets before: the gradients of n and z from that of h, and what is carried beside the products.
+  void finish(int64_t panel, int64_t s, int64_t b, const T* d_h) const {
+    const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), j0 = panel * Panel::kBlock;
+    for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+      Values<V, Cell::kSaved> saved;
+      for (int k = 0; k < Cell::kSaved; ++k) {
+        saved[k] = load(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, lanes);
+      }
+      V d_next = load(d_h + j - j0), d_prev, d_gates_z, d_gates_n, kept{};
+      if (p_.controls.zone[0]) {
+        const V share = zone_share(p_.controls, 0, place * p_.H + j, lanes);
+        kept = share * d_next;
+        d_next = (1.0f - share) * d_next;
+      }
+      Cell::finish_backward(saved, h_before(s, b, j, lanes), d_next, d_prev, d_gates_z, d_gates_n);
+      store(p_.d_projected + row * p_.H + j, d_gates_n, lanes);
+      store(p_.d_x_gates + (row * 3 + 2) * p_.H + j, d_gates_n, lanes);
+      store(p_.d_x_gates + (row * 3 + 1) * p_.H + j, d_gates_z, lanes);
+      store(p_.d_h_gates + (row * 2 + 1) * p_.H + j, d_gates_z, lanes);
+      store(p_.d_h0 + p_.steps.state(b) * p_.H + j, d_prev + kept, lanes);
+    });
+  }
+
+  // The gradient of r, from that of r h.
+  void reset_gate(int64_t panel, int64_t s, int64_t b, const T* d_m) const {
+    const int64_t row = p_.steps.row(s, b), state = p_.steps.state(b), j0 = panel * Panel::kBlock;
+    for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+      Values<V, Cell::kSaved> saved;
+      saved[0] = load(p_.saved_gates + row * Cell::kSaved * p_.H + j, lanes);
+      V mask = broadcast<V>(1);
+      if (p_.controls.h_mask) mask = load(p_.controls.h_mask + state * p_.H + j, lanes);
+      const Values<V, 1> prev = {h_before(s, b, j, lanes) * mask}, d_next = {load(d_m + j - j0)};
+      Values<V, 1> d_prev;
+      V d_gates_r;
+      Cell::backward(saved, prev, d_next, d_prev, d_gates_r);
+      store(p_.d_x_gates + row * 3 * p_.H + j, d_gates_r, lanes);
+      store(p_.d_h_gates + row * 2 * p_.H + j, d_gates_r, lanes);
+      T* carried = p_.d_h0 + state * p_.H + j;
+      store(carried, load(carried, lanes) + d_prev[0] * mask, lanes);
+    });
+  }
+
+  // h before the s-th step of position b.
+  template <typename Lanes>
+  V h_before(int64_t s, int64_t b, int64_t j, Lanes lanes) const {
+    if (p_.controls.reset && p_.controls.reset[p_.steps.place(s, b)]) return V{};
+    if (b >= p_.steps.count(s - 1)) return load(p_.h0 + p_.steps.state(b) * p_.P + j, lanes);
+    return load(p_.output + p_.steps.place(s - 1, b) * p_.P + j, lanes);
   }
 
   // The cell, for one position and the units of one panel.

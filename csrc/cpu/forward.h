@@ -23,13 +23,14 @@ class Forward {
   Forward(const SequenceForward<S>& p, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
-        plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads})),
+        plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>})),
         panels_(Gates::panels(p.H)),
         packs_own_panels_(plan_.split == Split::units || plan_.threads == 1) {}
 
   void run() {
     prepare();
     if (p_.w_hr) m_ = Buffer<S>(p_.B * p_.H);
+    if (kResetsBefore<Cell>) z_ = Buffer<T>(p_.B * p_.H);
     if (p_.controls.reset) {
       zeros_ = Buffer<S>(p_.P);
       std::fill_n(zeros_.get(), p_.P, S{});
@@ -65,11 +66,7 @@ class Forward {
     Lane(const Forward& f, int64_t row_begin, int64_t row_end, int threads) : begin(row_begin), end(row_end) {
       const SequenceForward<S>& p = f.p_;
       for (int64_t s = 0; s < p.steps.T; ++s) {
-        const int64_t t = p.steps.time(s);
-        const S* first = p.input + (p.input_stride_t ? t * p.input_stride_t : p.steps.row_begin[t] * p.input_stride);
-        for (int64_t b = begin; b < std::min(end, p.steps.count(s)); ++b) {
-          input.push_back(first + p.steps.state(b) * p.input_stride);
-        }
+        for (int64_t b = begin; b < std::min(end, p.steps.count(s)); ++b) input.push_back(f.input_row(s, b));
       }
       const int64_t step_bytes = (end - begin) * f.panels_ * Gates::kColumns * static_cast<int64_t>(sizeof(T));
       chunk_steps = std::clamp<int64_t>(threads * kChunkBytes / std::max<int64_t>(1, step_bytes), 1,
@@ -119,6 +116,12 @@ class Forward {
       barrier(s + 1);
     }
     copy_h_n(lane, p_.w_hr ? std::pair<int64_t, int64_t>(0, p_.P) : units);
+  }
+
+  const S* input_row(int64_t s, int64_t b) const {
+    const int64_t t = p_.steps.time(s);
+    const int64_t first = p_.input_stride_t ? t * p_.input_stride_t : p_.steps.row_begin[t] * p_.input_stride;
+    return p_.input + first + p_.steps.state(b) * p_.input_stride;
   }
 
   // Position b ends with the last step that it has a part in; one without a step keeps h0.
@@ -255,6 +258,7 @@ class Forward {
       for (int r = 0; r < count; ++r) {
         const int64_t row = chunk_row + r;
         const T* h_gates_row = h_gates + r * Gates::kColumns;
+        if (kResetsBefore<Cell>) h_rows[r] = product_rows[r];
         if (p_.w_ih) {
           const T* x_gates = chunk.x_gates + (panel * chunk.rows + row) * Gates::kColumns;
           update(panel, s, b + r, x_gates, Gates::kBlock, h_gates_row, h_rows[r]);
@@ -286,16 +290,17 @@ class Forward {
       Values<V, Cell::kStates> prev, next;
       Values<V, Cell::kSaved> saved;
       // With a projection h has another width than the cell; only the LSTM has one, and it reads h through W_hh alone.
-      prev[0] = p_.w_hr ? V{} : load(h_prev + j, lanes);
+      prev[0] = p_.w_hr && !kResetsBefore<Cell> ? V{} : load(h_prev + j, lanes);
       for (int k = 1; k < Cell::kStates; ++k) {
         prev[k] = reset ? V{} : load(p_.c_n + ((k - 1) * p_.B + state) * p_.H + j, lanes);
       }
       Cell::forward(gx, gh, w, prev, next, saved);
       for (int k = 0; k < std::min(Cell::kStates, kZonedStates); ++k) {
-        if (!p_.controls.zone[k]) continue;
+        if (kResetsBefore<Cell> || !p_.controls.zone[k]) continue;
         next[k] = zoned(zone_share(p_.controls, k, place * p_.H + j, lanes), prev[k], next[k]);
       }
       store(h_next + j, next[0], lanes);
+      if constexpr (kResetsBefore<Cell>) store(z_.get() + b * p_.H + j, saved[1], lanes);
       if (p_.h_in && goes_on && !p_.w_hr) store_h_in(s + 1, b, j, next[0], lanes);
       if (p_.saved_gates) {
         for (int k = 0; k < Cell::kSaved; ++k) {
@@ -308,8 +313,8 @@ class Forward {
       }
       if constexpr (Cell::kStates > 1) {
         if (p_.cells) store(p_.cells + place * p_.H + j, next[1], lanes);
-        if (p_.saved_m) store(p_.saved_m + row * p_.H + j, next[0], lanes);
       }
+      if (p_.saved_m) store(p_.saved_m + row * p_.H + j, next[0], lanes);
     });
   }
 
@@ -326,13 +331,26 @@ class Forward {
         for (int r = 0; r < count; ++r) {
           const int64_t b = b0 + r;
           for_each_vector<T>(j0, j0 + Projection::kBlock, p_.P, [&](int64_t j, auto lanes) {
-            const V h_next = load(h + r * Projection::kColumns + j - j0);
+            V h_next = load(h + r * Projection::kColumns + j - j0);
+            if constexpr (kResetsBefore<Cell>) h_next = finish(s, b, j, h_next, lanes);
             store(p_.output + p_.steps.place(s, b) * p_.P + j, h_next, lanes);
             if (p_.h_in && b < p_.steps.count(s + 1)) store_h_in(s + 1, b, j, h_next, lanes);
           });
         }
       });
     }
+  }
+
+  // Of a cell that resets before: h after the step, from the second product.
+  template <typename Lanes>
+  V finish(int64_t s, int64_t b, int64_t j, V product, Lanes lanes) const {
+    const V gx_n = load(input_row(s, b) + Cell::kGates * p_.H + j, lanes);
+    const V h_prev = load(h_before(s, b) + j, lanes), z = load(z_.get() + b * p_.H + j, lanes);
+    V n;
+    const V h_next = Cell::finish(gx_n + product, z, h_prev, n);
+    if (p_.saved_gates) store(p_.saved_gates + (p_.steps.row(s, b) * Cell::kSaved + 2) * p_.H + j, n, lanes);
+    if (!p_.controls.zone[0]) return h_next;
+    return zoned(zone_share(p_.controls, 0, p_.steps.place(s, b) * p_.H + j, lanes), h_prev, h_next);
   }
 
   const SequenceForward<S>& p_;
@@ -345,7 +363,8 @@ class Forward {
   Buffer<S> packed_hr_;          // [panels of P, H, kBlock]
   Buffer<T> bias_ih_;            // [panels, G*kBlock]
   Buffer<T> bias_hh_;            // [panels, G*kBlock]
-  Buffer<S> m_;                  // [B, H]  h before the projection
+  Buffer<S> m_;                  // [B, H]  h before the projection, or r h
+  Buffer<T> z_;                  // [B, H]  of a cell that resets before
   Buffer<S> zeros_;              // [P]  h after a reset
   std::vector<Lane> lanes_;
 };
