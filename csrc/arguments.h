@@ -2,8 +2,8 @@
 // The arguments of a layer, and what is checked of them. Shared by both passes and every path.
 #pragma once
 
-#include <algorithm>
-#include <string>
+#include <sstream>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -11,12 +11,21 @@
 
 namespace fastrnn {
 
-inline std::string shape_of(const std::vector<int64_t>& sizes) {
-  std::string s = "[";
-  for (size_t d = 0; d < sizes.size(); ++d) s += (d ? ", " : "") + std::to_string(sizes[d]);
-  return s + "]";
+// What a message says of a tensor. Written when the message is: most calls have none.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+inline ShapeOf shape_of(const Tensor& t) { return {t}; }
+
+template <typename Sizes>
+std::ostream& write_shape(std::ostream& to, const Sizes& sizes) {
+  const char* separator = "[";
+  for (const int64_t size : sizes) to << std::exchange(separator, ", ") << size;
+  return to << (sizes.size() ? "]" : "[]");
 }
-inline std::string shape_of(const Tensor& t) { return shape_of(sizes_of(t)); }
+inline std::ostream& operator<<(std::ostream& to, const ShapeOf& shape) {
+  return write_shape(to, sizes_of(shape.tensor));
+}
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {
@@ -49,9 +58,14 @@ inline const char* dtype_name(ScalarType t) {
   }
 }
 
-inline std::string device_name(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+struct DeviceOf {
+  const Tensor& tensor;
+};
+inline DeviceOf device_name(const Tensor& t) { return {t}; }
+inline std::ostream& operator<<(std::ostream& to, const DeviceOf& device) {
+  const Tensor& t = device.tensor;
+  if (t.is_cpu()) return to << "cpu";
+  return to << (t.is_cuda() ? "cuda:" : "device ") << t.get_device_index();
 }
 
 // What a cell asks of its arguments.
@@ -70,7 +84,7 @@ struct ControlArguments {
 
 // The arguments of a layer. Tensors as they came: contiguity is the business of the path.
 struct Arguments {
-  std::string op;
+  const char* op;
   Tensor input;
   MaybeTensor w_ih;
   Tensor w_hh;
@@ -157,14 +171,23 @@ struct Arguments {
     }
   }
 
-  void expect(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+  // The sizes as a list cost nothing where they are right, which they are in all calls but the last.
+  template <typename Sizes = std::initializer_list<int64_t>>
+  void expect(const char* name, const Tensor& t, const Sizes& sizes) const {
     expect_shape(name, t, sizes);
     check(t.scalar_type() == input.scalar_type(), op, ": expected ", name, " of dtype ",
           dtype_name(input.scalar_type()), " like input, got ", dtype_name(t.scalar_type()));
     expect_device(name, t);
   }
-  void expect_shape(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
-    check(sizes_of(t) == sizes, op, ": expected ", name, " of shape ", shape_of(sizes), ", got ", shape_of(t));
+  template <typename Sizes = std::initializer_list<int64_t>>
+  void expect_shape(const char* name, const Tensor& t, const Sizes& sizes) const {
+    bool same = t.dim() == static_cast<int64_t>(sizes.size());
+    int64_t d = 0;
+    for (const int64_t size : sizes) same = same && t.size(d++) == size;
+    if (same) return;
+    std::ostringstream expected;
+    write_shape(expected, sizes);
+    check(false, op, ": expected ", name, " of shape ", expected.str(), ", got ", shape_of(t));
   }
   void expect_dtype(const char* name, const Tensor& t, ScalarType dtype) const {
     check(t.scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype_name(dtype), ", got ",

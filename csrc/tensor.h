@@ -9,7 +9,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -49,10 +51,12 @@ Tensor call(const char* op, const char* overload, const Args&... args) {
 }
 
 // An uninitialised contiguous tensor on the device of `like`.
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  std::vector<int64_t> stride(size.size());
-  int64_t count = 1;
-  for (size_t i = size.size(); i-- > 0;) {
+template <typename Sizes = std::initializer_list<int64_t>>
+Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  constexpr size_t kMostDims = 4;  // of what this library makes; arrays on the stack cost nothing
+  int64_t size[kMostDims], stride[kMostDims], count = 1;
+  std::copy(sizes.begin(), sizes.end(), size);
+  for (size_t i = sizes.size(); i-- > 0;) {
     stride[i] = count;
     count *= size[i] > 0 ? size[i] : 1;
   }
@@ -60,7 +64,7 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, Scalar
   check_torch(aoti_torch_get_device_type(like.get(), &device_type));
   check_torch(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
+  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), size, stride,
                                        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                        device_type, device_index, &handle));
   return Tensor(handle);
