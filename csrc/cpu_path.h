@@ -22,7 +22,7 @@ inline const ThreadPool& torch_threads() {
 template <template <typename> class Cell>
 struct CpuPath {
   // The type of the tensors in a Layer.
-  static ScalarType compute(ScalarType storage, bool /*save*/) {
+  static ScalarType compute(ScalarType storage) {
     const bool bf16 = storage == ScalarType::BFloat16 && best_isa() == Isa::avx512_bf16 && !kTwoProducts;
     return bf16 ? storage : acc_dtype(storage);
   }
@@ -34,7 +34,7 @@ struct CpuPath {
 
   static ForwardResult forward(const Layer& l, bool save, bool cells) {
     using C = Cell<float>;
-    const ScalarType t = compute(l.storage, save), acc = acc_dtype(t);
+    const ScalarType t = compute(l.storage), acc = acc_dtype(t);
     ForwardResult r;
     r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.P}, t) : empty(l.input, {l.T, l.B, l.P}, t);
     r.h_n = empty(l.input, {l.B, l.P}, t);
@@ -58,7 +58,7 @@ struct CpuPath {
 
   static GateGradients backward(const Layer& l, const ForwardResult& r, const ResultGradients& d) {
     using C = Cell<float>;
-    const ScalarType t = compute(l.storage, true), acc = acc_dtype(t);
+    const ScalarType t = compute(l.storage), acc = acc_dtype(t);
     const auto prepare = [](const MaybeTensor& x, ScalarType type) -> MaybeTensor {
       if (!x) return std::nullopt;
       return dense(to_dtype(*x, type));
@@ -110,12 +110,15 @@ struct CpuPath {
     dispatch_storage(t, [&](auto zero) {
       using S = decltype(zero);
       std::vector<S*> rows;
-      for_each_row(l, [&](int64_t s, int64_t b) { rows.push_back(out<S>(d_input) + l.steps.place(s, b) * l.I); });
+      rows.reserve(l.real_rows());
+      S* const first = out<S>(d_input);
+      for_each_row(l, [&](int64_t s, int64_t b) { rows.push_back(first + l.steps.place(s, b) * l.I); });
       if (l.w_ih) {
         input_gradient_cpu<S>({l.real_rows(), d_x_gates.size(1), l.I, in<S>(d_x_gates), in<S>(l.w_ih), rows.data()},
                               torch_threads());
       } else {
-        for (int64_t n = 0; n < l.real_rows(); ++n) std::copy_n(in<S>(d_x_gates) + n * l.I, l.I, rows[n]);
+        const S* d_row = in<S>(d_x_gates);
+        for (S* row : rows) std::copy_n(d_row, l.I, row), d_row += l.I;
       }
     });
     if (l.lengths) clear_past_end(l, d_input);
@@ -126,10 +129,11 @@ struct CpuPath {
     return weight_gradient(l, g.d_x_gates, l.I, l.w_ih.has_value(), bias, [&](auto zero, auto& rows) {
       using T = decltype(zero);
       const bool packed = l.input.dim() == 2;
-      const int64_t stride = l.input.stride(packed ? 0 : 1);
+      const int64_t stride = l.input.stride(packed ? 0 : 1), stride_t = l.input.stride(0);
+      const T* const input = in<T>(l.input);
       for_each_row(l, [&](int64_t s, int64_t b) {
-        const int64_t t = l.steps.time(s), first = packed ? l.row_begin[t] * stride : t * l.input.stride(0);
-        rows.push_back(in<T>(l.input) + first + l.steps.state(b) * stride);
+        const int64_t t = l.steps.time(s), first = packed ? l.row_begin[t] * stride : t * stride_t;
+        rows.push_back(input + first + l.steps.state(b) * stride);
       });
     });
   }
@@ -144,11 +148,10 @@ struct CpuPath {
     const auto list_h = [&](auto zero, auto& rows) {
       using T = decltype(zero);
       const uint8_t* reset = in<uint8_t>(l.reset);
+      const T *h0 = in<T>(l.h0), *outputs = in<T>(output), *masked = in<T>(h_in), *zero_row = in<T>(zeros);
       for_each_row(l, [&](int64_t s, int64_t b) {
-        const T* h = b >= l.steps.count(s - 1) ? in<T>(l.h0) + l.steps.state(b) * l.P
-                                               : in<T>(output) + l.steps.place(s - 1, b) * l.P;
-        if (reset && reset[l.steps.place(s, b)]) h = in<T>(zeros);
-        rows.push_back(h_in ? in<T>(h_in) + l.steps.row(s, b) * l.P : h);
+        const T* h = masked ? masked + l.steps.row(s, b) * l.P : h_before(l.steps, reset, h0, outputs, l.P, s, b);
+        rows.push_back(h ? h : zero_row);
       });
     };
     WeightAndBias d = weight_gradient(l, g.d_h_gates, l.P, true, bias, list_h);
@@ -208,7 +211,8 @@ struct CpuPath {
   static Tensor projection_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved) {
     const Tensor m = dense(to_dtype(*saved.saved_m, g.d_projected->scalar_type()));
     const auto rows_of_m = [&](auto zero, auto& rows) {
-      for (int64_t n = 0; n < l.real_rows(); ++n) rows.push_back(in<decltype(zero)>(m) + n * l.H);
+      const auto* const first = in<decltype(zero)>(m);
+      for (int64_t n = 0; n < l.real_rows(); ++n) rows.push_back(first + n * l.H);
     };
     return *weight_gradient(l, *g.d_projected, l.H, true, false, rows_of_m).weight;
   }
@@ -268,7 +272,8 @@ struct CpuPath {
     return p;
   }
 
-  // Calls f(step, position) for the rows of what is packed, in their order.
+  // Calls f(step, position) for the rows of what is packed, in their order. Addresses and strides of tensors are asked
+  // before: each is a call into torch.
   template <typename F>
   static void for_each_row(const Layer& l, const F& f) {
     for (int64_t t = 0; t < l.T; ++t) {

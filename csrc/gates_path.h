@@ -79,7 +79,7 @@ void dispatch_storage(ScalarType t, const F& f) {
 template <template <typename> class Cell>
 struct GatesPath {
   using C = Cell<float>;
-  static ScalarType compute(ScalarType storage, bool /*save*/) { return storage; }
+  static ScalarType compute(ScalarType storage) { return storage; }
 
   // The row'th row of a matrix, or null.
   template <typename T>
@@ -100,13 +100,12 @@ struct GatesPath {
   template <typename T>
   static StepControls<T> controls(const Layer& l, int64_t s, int64_t begin) {
     const int64_t row = l.row_begin[l.steps.time(s)] + begin;
-    const auto one_value = [](const MaybeTensor& zone) { return zone && zone->dim() == 1; };
-    const auto zone = [&](const MaybeTensor& z) { return one_value(z) ? in<T>(z) : at<T>(z, row); };
+    const auto zone = [&](const MaybeTensor& z) { return is_one_value(z) ? in<T>(z) : at<T>(z, row); };
     return {l.lengths ? in<int64_t>(l.lengths) + begin : nullptr,
             l.steps.time(s),
             l.reset ? in<uint8_t>(l.reset) + row : nullptr,
             {zone(l.zone_h), zone(l.zone_c)},
-            {one_value(l.zone_h), one_value(l.zone_c)}};
+            {is_one_value(l.zone_h), is_one_value(l.zone_c)}};
   }
 
   static ForwardResult forward(const Layer& l, bool save, bool cells) {

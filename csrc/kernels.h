@@ -72,6 +72,14 @@ struct Controls {
   double grad_clip = 0;  // the gradient that leaves a step for the one before is clamped to +-grad_clip
 };
 
+// h before the s-th step of position b: a row of h0 or of the output, or null where the states are reset.
+template <typename scalar_t>
+const scalar_t* h_before(const Steps& steps, const uint8_t* reset, const scalar_t* h0, const scalar_t* output,
+                         int64_t P, int64_t s, int64_t b) {
+  if (reset && reset[steps.place(s, b)]) return nullptr;
+  return b >= steps.count(s - 1) ? h0 + steps.state(b) * P : output + steps.place(s - 1, b) * P;
+}
+
 // bfloat16: the upper half of a float.
 struct Bf16 {
   uint16_t bits;

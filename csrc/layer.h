@@ -31,6 +31,9 @@ T* out(const MaybeTensor& t) {
   return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
 }
 
+// Of zoneout: one share for all in place of [R, H].
+inline bool is_one_value(const MaybeTensor& zone) { return zone && zone->dim() == 1; }
+
 // Sizes, the place of each step, and the arguments made contiguous in the type that the kernels read.
 struct Layer {
   int64_t T, B, I, H, P, N;
@@ -44,6 +47,7 @@ struct Layer {
   MaybeTensor c0;
   MaybeTensor lengths, reset, h_mask, zone_h, zone_c;
   double grad_clip;
+  bool is_controlled;
   ScalarType storage;  // of the arguments and results
 
   // sorts: whether the path runs sequences of different lengths in the order of their lengths. Others run all steps of
@@ -78,6 +82,7 @@ struct Layer {
     zone_h = prepare(c.zone_h);
     zone_c = prepare(c.zone_c);
     grad_clip = c.grad_clip;
+    is_controlled = c.any();
     input = to_dtype(a.input, compute);
     if (I != 1 && input.stride(input.dim() - 1) != 1) input = dense(input);
     w_ih = prepare(a.w_ih);
@@ -93,15 +98,12 @@ struct Layer {
 
   int64_t real_rows() const { return row_begin[T]; }  // N but for lengths, where memory is there for T*B
 
-  bool is_controlled() const { return lengths || reset || h_mask || zone_h || zone_c || grad_clip != 0; }
-
   template <typename scalar_t>
   Controls<scalar_t> controls() const {
-    const auto one_value = [](const MaybeTensor& zone) { return zone && zone->dim() == 1; };
     return {in<uint8_t>(reset),
             in<scalar_t>(h_mask),
             {in<scalar_t>(zone_h), in<scalar_t>(zone_c)},
-            {one_value(zone_h), one_value(zone_c)},
+            {is_one_value(zone_h), is_one_value(zone_c)},
             grad_clip};
   }
 

@@ -51,7 +51,7 @@ struct Operator {
   static ForwardResult forward(const Arguments& a, bool save, bool cells) {
     a.check_all(kFacts<Cell>);
     const ScalarType storage = a.input.scalar_type();
-    const Layer layer(a, kFacts<Cell>.gates, P::compute(storage, save), P::kSorts);
+    const Layer layer(a, kFacts<Cell>.gates, P::compute(storage), P::kSorts);
     ForwardResult r = P::forward(layer, save, cells);
     const auto store = [&](const MaybeTensor& t, ScalarType type) -> MaybeTensor {
       if (!t) return std::nullopt;
@@ -78,7 +78,7 @@ struct Operator {
                             bool need_weights) {
     a.check_all(kFacts<Cell>);
     const ScalarType storage = a.input.scalar_type();
-    const Layer layer(a, kFacts<Cell>.gates, P::compute(storage, true), P::kSorts);
+    const Layer layer(a, kFacts<Cell>.gates, P::compute(storage), P::kSorts);
     const GateGradients g = P::backward(layer, saved, d);
     const auto store = [&](const Tensor& t) { return to_dtype(t, storage); };
 

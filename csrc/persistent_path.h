@@ -179,7 +179,7 @@ struct PersistentPath : GatesPath<Cell> {
     CudaPlan plan = plan_cuda({l.T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass},
                               cuda_device(), force);
     if (!kHasPersistentKernel<Cell>) plan = {CudaPath::gates, {}, "this cell has no persistent kernel"};
-    if (l.is_controlled() || cells) plan = {CudaPath::gates, {}, "persistent kernels leave the states alone"};
+    if (l.is_controlled || cells) plan = {CudaPath::gates, {}, "persistent kernels leave the states alone"};
     check(plan.path == CudaPath::persistent || force.path != CudaPath::persistent,
           "fastrnn: FASTRNN_PATH=persistent cannot serve this layer: ", plan.reason);
     return plan;

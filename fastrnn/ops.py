@@ -262,16 +262,8 @@ def slstm_layer(
     return output, h_n, c_n
 
 
-# The controls as the operators take them, in the order of their schemas.
-_CONTROLS = {
-    "lengths": None,
-    "reset": None,
-    "h_mask": None,
-    "zone_h": None,
-    "grad_clip": 0.0,
-    "zone_c": None,
-    "return_cells": False,
-}
+# The annotations of `Controls` and `CellStateControls` stand in the order of the schemas.
+_DEFAULTS = {"grad_clip": 0.0, "return_cells": False}
 
 
 def _control_arguments(op: str, controls: Mapping[str, Any], allowed: Any) -> tuple[Any, ...]:
@@ -280,7 +272,7 @@ def _control_arguments(op: str, controls: Mapping[str, Any], allowed: Any) -> tu
     for name in controls:
         if name not in allowed.__annotations__:
             raise TypeError(f"{op}() got an unexpected keyword argument '{name}'")
-    values = [controls.get(name, default) for name, default in _CONTROLS.items() if name in allowed.__annotations__]
+    values = [controls.get(name, _DEFAULTS.get(name)) for name in allowed.__annotations__]
     return tuple(values) if any(isinstance(value, Tensor) or value for value in values) else ()
 
 
@@ -373,8 +365,7 @@ def _h_layer_backward_fake(  # type: ignore[no-untyped-def]
 
 
 def _options(allowed: Any, batch_sizes: Tensor | None, reverse: bool, controls: Sequence[Any]) -> dict[str, Any]:
-    names = [name for name in _CONTROLS if name in allowed.__annotations__]
-    return {"batch_sizes": batch_sizes, "reverse": reverse} | dict(zip(names, controls, strict=False))
+    return {"batch_sizes": batch_sizes, "reverse": reverse} | dict(zip(allowed.__annotations__, controls, strict=False))
 
 
 def _h_operator(

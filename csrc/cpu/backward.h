@@ -186,6 +186,7 @@ class Backward {
   // Of a cell that resets before: the gradients of n and z from that of h, and what is carried beside the products.
   void finish(int64_t panel, int64_t s, int64_t b, const T* d_h) const {
     const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), j0 = panel * Panel::kBlock;
+    const S* const h_prev = h_before(s, b);
     for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kSaved> saved;
       for (int k = 0; k < Cell::kSaved; ++k) {
@@ -197,7 +198,8 @@ class Backward {
         kept = share * d_next;
         d_next = (1.0f - share) * d_next;
       }
-      Cell::finish_backward(saved, h_before(s, b, j, lanes), d_next, d_prev, d_gates_z, d_gates_n);
+      const V before = h_prev ? load(h_prev + j, lanes) : V{};
+      Cell::finish_backward(saved, before, d_next, d_prev, d_gates_z, d_gates_n);
       store(p_.d_projected + row * p_.H + j, d_gates_n, lanes);
       store(p_.d_x_gates + (row * 3 + 2) * p_.H + j, d_gates_n, lanes);
       store(p_.d_x_gates + (row * 3 + 1) * p_.H + j, d_gates_z, lanes);
@@ -209,12 +211,13 @@ class Backward {
   // The gradient of r, from that of r h.
   void reset_gate(int64_t panel, int64_t s, int64_t b, const T* d_m) const {
     const int64_t row = p_.steps.row(s, b), state = p_.steps.state(b), j0 = panel * Panel::kBlock;
+    const S* const h_prev = h_before(s, b);
     for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kSaved> saved;
       saved[0] = load(p_.saved_gates + row * Cell::kSaved * p_.H + j, lanes);
       V mask = broadcast<V>(1);
       if (p_.controls.h_mask) mask = load(p_.controls.h_mask + state * p_.H + j, lanes);
-      const Values<V, 1> prev = {h_before(s, b, j, lanes) * mask}, d_next = {load(d_m + j - j0)};
+      const Values<V, 1> prev = {h_prev ? load(h_prev + j, lanes) * mask : V{}}, d_next = {load(d_m + j - j0)};
       Values<V, 1> d_prev;
       V d_gates_r;
       Cell::backward(saved, prev, d_next, d_prev, d_gates_r);
@@ -225,12 +228,8 @@ class Backward {
     });
   }
 
-  // h before the s-th step of position b.
-  template <typename Lanes>
-  V h_before(int64_t s, int64_t b, int64_t j, Lanes lanes) const {
-    if (p_.controls.reset && p_.controls.reset[p_.steps.place(s, b)]) return V{};
-    if (b >= p_.steps.count(s - 1)) return load(p_.h0 + p_.steps.state(b) * p_.P + j, lanes);
-    return load(p_.output + p_.steps.place(s - 1, b) * p_.P + j, lanes);
+  const S* h_before(int64_t s, int64_t b) const {
+    return fastrnn::h_before(p_.steps, p_.controls.reset, p_.h0, p_.output, p_.P, s, b);
   }
 
   // The cell, for one position and the units of one panel.
@@ -239,7 +238,7 @@ class Backward {
     const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), state = p_.steps.state(b);
     const bool reset = controls.reset && controls.reset[place];
     const bool first = b >= p_.steps.count(s - 1);  // the position's first step
-    const S* h_before = first ? p_.h0 + state * p_.P : p_.output + p_.steps.place(s - 1, b) * p_.P;
+    const S* const h_prev = h_before(s, b);
     const T* c_before = first ? p_.c0 + state * p_.H : p_.saved_c + p_.steps.row(s - 1, b) * p_.H;
     const int64_t c_before_stride = (first ? p_.B : p_.N) * p_.H;
     const int64_t j0 = panel * Panel::kBlock;
@@ -251,7 +250,7 @@ class Backward {
       Values<V, Cell::kParameters> w;
       for (int k = 0; k < Cell::kParameters; ++k) w[k] = load(p_.w_cell + k * p_.H + j, lanes);
       Values<V, Cell::kStates> prev, next, d_next, d_prev;
-      prev[0] = p_.w_hr || reset ? V{} : load(h_before + j, lanes);
+      prev[0] = p_.w_hr || reset ? V{} : load(h_prev + j, lanes);
       next[0] = p_.w_hr ? V{} : load(p_.output + place * p_.P + j, lanes);
       d_next[0] = load(d_h + j - j0);
       for (int k = 1; k < Cell::kStates; ++k) {

@@ -236,11 +236,9 @@ class Forward {
     });
   }
 
-  // h before the s-th step of position b: zero, h0, or the output of the step before.
   const S* h_before(int64_t s, int64_t b) const {
-    if (p_.controls.reset && p_.controls.reset[p_.steps.place(s, b)]) return zeros_.get();
-    if (b >= p_.steps.count(s - 1)) return p_.h0 + p_.steps.state(b) * p_.P;
-    return p_.output + p_.steps.place(s - 1, b) * p_.P;
+    const S* h = fastrnn::h_before(p_.steps, p_.controls.reset, p_.h0, p_.output, p_.P, s, b);
+    return h ? h : zeros_.get();
   }
 
   void step(const Lane& lane, int64_t s, int64_t panel, int64_t in_chunk, const Chunk& chunk) const {
@@ -329,12 +327,15 @@ class Forward {
         alignas(64) T h[kRows * Projection::kColumns];
         times<Projection>(p_.w_hr, nullptr, packed, {}, p_.P, p_.H, panel, count, rows, h);
         for (int r = 0; r < count; ++r) {
-          const int64_t b = b0 + r;
+          const int64_t b = b0 + r, place = p_.steps.place(s, b);
+          const bool goes_on = b < p_.steps.count(s + 1);
+          const S* const gx_n = kResetsBefore<Cell> ? input_row(s, b) + Cell::kGates * p_.H : nullptr;
+          const S* const h_prev = kResetsBefore<Cell> ? h_before(s, b) : nullptr;
           for_each_vector<T>(j0, j0 + Projection::kBlock, p_.P, [&](int64_t j, auto lanes) {
             V h_next = load(h + r * Projection::kColumns + j - j0);
-            if constexpr (kResetsBefore<Cell>) h_next = finish(s, b, j, h_next, lanes);
-            store(p_.output + p_.steps.place(s, b) * p_.P + j, h_next, lanes);
-            if (p_.h_in && b < p_.steps.count(s + 1)) store_h_in(s + 1, b, j, h_next, lanes);
+            if constexpr (kResetsBefore<Cell>) h_next = finish(s, b, j, gx_n, h_prev, h_next, lanes);
+            store(p_.output + place * p_.P + j, h_next, lanes);
+            if (p_.h_in && goes_on) store_h_in(s + 1, b, j, h_next, lanes);
           });
         }
       });
@@ -343,14 +344,13 @@ class Forward {
 
   // Of a cell that resets before: h after the step, from the second product.
   template <typename Lanes>
-  V finish(int64_t s, int64_t b, int64_t j, V product, Lanes lanes) const {
-    const V gx_n = load(input_row(s, b) + Cell::kGates * p_.H + j, lanes);
-    const V h_prev = load(h_before(s, b) + j, lanes), z = load(z_.get() + b * p_.H + j, lanes);
+  V finish(int64_t s, int64_t b, int64_t j, const S* gx_n, const S* h_prev, V product, Lanes lanes) const {
+    const V before = load(h_prev + j, lanes), z = load(z_.get() + b * p_.H + j, lanes);
     V n;
-    const V h_next = Cell::finish(gx_n + product, z, h_prev, n);
+    const V h_next = Cell::finish(load(gx_n + j, lanes) + product, z, before, n);
     if (p_.saved_gates) store(p_.saved_gates + (p_.steps.row(s, b) * Cell::kSaved + 2) * p_.H + j, n, lanes);
     if (!p_.controls.zone[0]) return h_next;
-    return zoned(zone_share(p_.controls, 0, p_.steps.place(s, b) * p_.H + j, lanes), h_prev, h_next);
+    return zoned(zone_share(p_.controls, 0, p_.steps.place(s, b) * p_.H + j, lanes), before, h_next);
   }
 
   const SequenceForward<S>& p_;
