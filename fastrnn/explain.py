@@ -70,10 +70,8 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
             sizes = f"T={T} B={B} I={width} H={hidden}" + (f" P={projected}" if projected != hidden else "")
             if kind == "GRU" and not getattr(module, "reset_after", True) and data.device.type != "cpu":
                 path = "plain torch, step by step (fastrnn.reference): reset_after=False has no CUDA kernel yet"
-            elif data.device.type == "cuda" and beyond:
-                path = f"path gates (a matrix product and a fused gate kernel per step): {beyond} is served by it alone"
             elif data.device.type == "cuda":
-                path = _cuda_path(problem, kind, projected != hidden, dtype, data.device)
+                path = _cuda_path(problem, kind, projected != hidden, dtype, data.device, beyond)
             else:
                 path = _cpu_path(problem | {"I": width, "P": projected})
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
@@ -120,26 +118,44 @@ def _cpu_path(problem: dict[str, Any]) -> str:
     return f"fused CPU kernel ({_C.isa()}) on {threads}: {plan.reason}{weights}"
 
 
-def _cuda_path(problem: dict[str, Any], kind: str, projection: bool, dtype: torch.dtype, device: torch.device) -> str:
+def _cuda_path(
+    problem: dict[str, Any], kind: str, projection: bool, dtype: torch.dtype, device: torch.device, beyond: str | None
+) -> str:
+    forced = os.environ.get("FASTRNN_PATH", "")
+    if _C.cuda_version is None:
+        return "no kernel, a call raises: fastrnn was built without CUDA"
+    if forced not in ("", "gates", "persistent"):
+        return f"no path, a call raises: FASTRNN_PATH is {forced}, neither gates nor persistent"
+    if forced == "persistent" and not hasattr(torch.ops.fastrnn, "refused_launches"):
+        return "no path, a call raises: FASTRNN_PATH=persistent, built without FASTRNN_PERSISTENT=1"
     gpu = torch.cuda.get_device_properties(device)
     arithmetic = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}.get(dtype, "fp32")
     if arithmetic == "fp32" and os.environ.get("FASTRNN_TF32") == "1":
         arithmetic = "tf32"
-    plan = _C.plan_cuda(
-        **problem,
-        states=2 if kind == "LSTM" else 1,
-        projection=projection,
-        arithmetic=arithmetic,  # type: ignore[arg-type]
-        capability=10 * gpu.major + gpu.minor,
-        multiprocessors=gpu.multi_processor_count,
-        shared_per_block=gpu.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        path=os.environ.get("FASTRNN_PATH", ""),  # type: ignore[arg-type]
+    forward, backward = (
+        _C.plan_cuda(
+            **problem,
+            states=2 if kind == "LSTM" else 1,
+            projection=projection,
+            arithmetic=arithmetic,  # type: ignore[arg-type]
+            backward=backward,
+            capability=10 * gpu.major + gpu.minor,
+            multiprocessors=gpu.multi_processor_count,
+            shared_per_block=gpu.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+            path=forced,  # type: ignore[arg-type]
+        )
+        for backward in (False, True)
     )
+    path, reason = ("gates", f"{beyond} has no persistent kernel") if beyond else (forward.path, forward.reason)
+    if path != (forced or path):
+        return f"no path, a call raises: FASTRNN_PATH={forced} cannot serve this layer: {reason}"
     what = {
         "gates": "a matrix product and a fused gate kernel per step",
-        "persistent": f"one kernel for the whole sequence, {plan.teams} teams of {plan.blocks} blocks",
-    }[plan.path]
-    return f"path {plan.path} ({what}): {plan.reason}"
+        "persistent": f"one kernel for the whole sequence, {forward.teams} teams of {forward.blocks} blocks",
+    }[path]
+    if path != "gates" and backward.path != path:
+        what += f"; backward {'raises' if forced else 'takes path gates'}: {backward.reason}"
+    return f"path {path} ({what}): {reason}"
 
 
 def _notes(data: Tensor, dtype: torch.dtype) -> list[str]:

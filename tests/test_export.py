@@ -4,17 +4,19 @@
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from parity import CELLS, Case
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
-from fastrnn import _library
+from fastrnn import _C, _library
 
 CELL_MODULES = ("RNNCell", "GRUCell", "LSTMCell")
 DYNAMIC = ({0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)},)
@@ -354,6 +356,45 @@ def test_explain_follows_the_plan(device):
         assert "one thread is allowed" in str(fastrnn.explain(fastrnn.GRU(3, 4), torch.randn(5, 2, 3)))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("path", "module", "text"),
+    [
+        (None, fastrnn.LSTM(3, 4), "path gates (a matrix product and a fused gate kernel per step)"),
+        (None, fastrnn.LSTM(3, 4, peephole=True), "peephole has no persistent kernel"),
+        ("gates", fastrnn.LSTM(3, 4), "per step): forced"),
+        ("persistent", fastrnn.LSTM(3, 4), "path persistent (one kernel for the whole sequence"),
+        ("persistent", fastrnn.LSTM(3, 4, proj_size=2), "raises: FASTRNN_PATH=persistent cannot serve this layer"),
+        ("persistent", fastrnn.LSTM(3, 4, peephole=True), "raises: FASTRNN_PATH=persistent cannot serve this"),
+        ("persistent", fastrnn.LSTM(3, 1600, device="meta", dtype=torch.float16), "blocks; backward raises: the recur"),
+        ("fast", fastrnn.LSTM(3, 4), "a call raises: FASTRNN_PATH is fast, neither gates nor persistent"),
+    ],
+)
+def test_explain_a_cuda_path(path, module, text, monkeypatch):
+    """Of an H100, with a build that has all kernels."""
+    facts = SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(_C, "cuda_version", "13.0")
+    monkeypatch.setattr(torch.ops.fastrnn, "refused_launches", lambda: 0, raising=False)
+    monkeypatch.delenv("FASTRNN_PATH", raising=False)
+    if path:
+        monkeypatch.setenv("FASTRNN_PATH", path)
+    with FakeTensorMode():
+        input = torch.empty(5, 2, 3, device="cuda", dtype=module.weight_hh_l0.dtype)
+    assert text in fastrnn.explain(module, input).layers[0]
+
+
+def test_explain_a_build_without_kernels(monkeypatch):
+    with FakeTensorMode():
+        input = torch.empty(5, 2, 3, device="cuda")
+    monkeypatch.setattr(_C, "cuda_version", None)
+    assert "a call raises: fastrnn was built without CUDA" in fastrnn.explain(fastrnn.GRU(3, 4), input).layers[0]
+    if hasattr(torch.ops.fastrnn, "refused_launches"):
+        pytest.skip("the other half: this build has the persistent kernels")
+    monkeypatch.setattr(_C, "cuda_version", "13.0")
+    monkeypatch.setenv("FASTRNN_PATH", "persistent")
+    assert "built without FASTRNN_PERSISTENT=1" in fastrnn.explain(fastrnn.GRU(3, 4), input).layers[0]
 
 
 def test_explain_torch_nn_and_others():
