@@ -7,6 +7,7 @@ to it (optimizers, DDP, tied weights) stay as they are.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from fastrnn import cells, modules
 
@@ -28,6 +28,11 @@ _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _INVERSE = {ours: theirs for theirs, ours in _PAIRS.items()}
 _NAMES = {theirs.__name__ for theirs in _PAIRS}
+_FORWARDS = {theirs: theirs.forward for theirs in _PAIRS}
+# Where torch derives a class of its own from that of a module, which holds properties or methods and is the last base.
+_DERIVING = ("torch.nn.utils.parametrize", "torch.distributed.fsdp")
+_patching, _patches = threading.Lock(), 0  # how many blocks of `patch` are open; those of threads may overlap
+_inits: dict[type[nn.Module], Any] = {}  # what the first of them found
 _MARK = "_fastrnn_converted"  # an attribute of what was converted; it goes along with copies and pickles
 
 
@@ -58,14 +63,14 @@ def convert(model: nn.Module) -> Conversion:
 
     Returns:
         What was converted, and what was left alone and why: subclasses of torch.nn's classes, modules with a `forward`
-        of their own, scripted and quantized modules. Print it.
+        of their own, scripted and quantized modules, those with complex weights. Print it.
 
     Raises:
         TypeError: If `model` is not a module.
     """
     result = Conversion()
     for name, module in _named_modules(model):
-        base = _base(module)
+        base = _base(type(module))
         reason = _reason_against(module, base)
         if reason:
             result.left_alone[name] = reason
@@ -88,7 +93,7 @@ def revert(model: nn.Module) -> None:
         raise ValueError(f"nothing to revert: no module of this {type(model).__name__} was converted by fastrnn")
     for module in converted:
         delattr(module, _MARK)
-        _swap(module, _INVERSE[_base(module)])
+        _swap(module, _INVERSE[_base(type(module))])
 
 
 @contextmanager
@@ -101,14 +106,21 @@ def patch() -> Iterator[None]:
         with fastrnn.patch():
             model = Model()
     """
-    originals = {theirs: theirs.__init__ for theirs in _PAIRS}
-    for theirs, init in originals.items():
-        theirs.__init__ = _converting(init, theirs)  # type: ignore[method-assign]
+    global _patches
+    with _patching:
+        if _patches == 0:
+            for theirs in _PAIRS:
+                _inits[theirs] = theirs.__init__
+                theirs.__init__ = _converting(theirs.__init__, theirs)  # type: ignore[method-assign]
+        _patches += 1
     try:
         yield
     finally:
-        for theirs, init in originals.items():
-            theirs.__init__ = init  # type: ignore[method-assign]
+        with _patching:
+            _patches -= 1
+            if _patches == 0:
+                for theirs, init in _inits.items():
+                    theirs.__init__ = init  # type: ignore[method-assign]
 
 
 def _converting(init: Callable[..., None], theirs: type[nn.Module]) -> Callable[..., None]:
@@ -127,18 +139,22 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from model.named_modules()
 
 
-def _base(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, without what parametrizations derived from it."""
-    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+def _base(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module, without what torch's parametrizations and FSDP derived from it."""
+    return _base(kind.__bases__[-1]) if kind.__module__.startswith(_DERIVING) else kind
+
+
+def _rebase(kind: type[nn.Module], to: type[nn.Module]) -> type[nn.Module]:
+    """What torch derived from the class of a module, derived from another one; other modules may share the former."""
+    if not kind.__module__.startswith(_DERIVING):
+        return to
+    body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    name = kind.__name__.removesuffix(_base(kind).__name__) + to.__name__
+    return type(name, (*kind.__bases__[:-1], _rebase(kind.__bases__[-1], to)), body)
 
 
 def _swap(module: nn.Module, to: type[nn.Module]) -> None:
-    old = type(module)
-    if parametrize.is_parametrized(module):
-        # Its class holds the parametrized weights as properties, and deep copies share it: derive another one.
-        body = {name: value for name, value in vars(old).items() if name not in ("__dict__", "__weakref__")}
-        to = type(f"Parametrized{to.__name__}", (to,), body)
-    module.__class__ = to
+    module.__class__ = _rebase(type(module), to)
     if isinstance(module, nn.RNNBase):
         # torch.nn's keep a list of the weights, fastrnn's derive it.
         module.__dict__.pop("_flat_weights", None)
@@ -152,6 +168,8 @@ def _reason_against(module: nn.Module, base: type[nn.Module]) -> str | None:
     if base in _PAIRS:
         if "forward" in module.__dict__:
             return "its forward was replaced"
+        if base.forward is not _FORWARDS[base]:
+            return f"torch.nn.{base.__name__}.forward was replaced"
         if any(p.is_complex() for p in module.parameters()):
             return "complex weights"
         return None

@@ -4,6 +4,7 @@
 import copy
 import io
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -198,6 +199,14 @@ def test_what_cannot_be_converted_is_left_alone(build, reason, input):
         fastrnn.revert(model)
 
 
+def test_a_class_with_another_forward_is_left_alone(input, monkeypatch):
+    original = nn.LSTM.forward
+    monkeypatch.setattr(nn.LSTM, "forward", lambda self, input, hx=None: original(self, 2 * input, hx))
+    lstm = nn.LSTM(5, 6)
+    assert fastrnn.convert(lstm).left_alone == {"": "torch.nn.LSTM.forward was replaced"}
+    assert type(lstm) is nn.LSTM
+
+
 def test_revert_undoes_convert_exactly(model, input):
     before, held, expected = classes(model), state(model), model(input)
     fastrnn.convert(model)
@@ -319,6 +328,37 @@ def test_a_converted_model_compiles_into_one_graph(model, input, backend):
     torch.testing.assert_close(compiled(input), expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_jit_script_says_what_else_there_is(name):
+    model = nn.Sequential(getattr(nn, name)(5, 6))
+    fastrnn.convert(model)
+    with pytest.raises(NotImplementedError, match=f"does not compile fastrnn.{name}: torch.export, .* fastrnn.revert"):
+        torch.jit.script(model)
+    fastrnn.revert(model)
+    torch.jit.script(model)
+
+
+@pytest.mark.parametrize("order", ["trace, convert", "convert, trace"])
+def test_torch_fx(order, input):
+    """Tracing keeps torch.nn's modules whole, and others whose tracer says so."""
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or super().is_leaf_module(module, name)
+
+    model = nn.Sequential(nn.Linear(5, 5), nn.LSTM(5, 6))
+    expected = model(input)[0]
+    if order == "convert, trace":
+        fastrnn.convert(model)
+        traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    else:
+        traced = torch.fx.symbolic_trace(model)
+        assert fastrnn.convert(traced).converted == {"1": "LSTM"}
+    assert type(traced.get_submodule("1")) is fastrnn.LSTM
+    torch.testing.assert_close(traced(input)[0], expected)
+
+
 def test_a_model_compiled_before_sees_the_change(input):
     model = nn.Sequential(nn.LSTM(5, 6))
     compiled = torch.compile(model, backend="eager")
@@ -377,6 +417,27 @@ def test_patch_ends_with_its_block():
         raise KeyError
     assert [getattr(nn, name).__init__ for name in NAMES] == inits
     assert type(nn.GRU(5, 6)) is nn.GRU
+
+
+def test_patch_in_threads_that_overlap():
+    """The block that opened first ends first."""
+    opened, overlapping, ended = (threading.Event() for _ in range(3))
+
+    def first():
+        with fastrnn.patch():
+            opened.set()
+            assert overlapping.wait(60)
+        ended.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert opened.wait(60)
+    with fastrnn.patch():
+        overlapping.set()
+        assert ended.wait(60)
+        assert type(nn.LSTM(5, 6)) is fastrnn.LSTM
+    thread.join()
+    assert type(nn.LSTM(5, 6)) is nn.LSTM
 
 
 def test_patch_is_a_decorator():

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -94,6 +94,38 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     for engine, factor in (("ddp", 1), ("ddp_accumulated", 2), ("fsdp2", 1)):
         assert list(gradients[engine]) == list(expected)
         assert_all_close(list(gradients[engine].values()), [factor * g for g in expected.values()])
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
+@pytest.mark.parametrize("order", ["shard, convert", "convert, shard"])
+def test_convert_and_revert_what_fsdp_has_sharded(order):
+    torch.manual_seed(0)
+    model, alone = Tagger(), Tagger()
+    alone.load_state_dict(model.state_dict())
+    loss_of(alone, *batch()).backward()
+    expected = [p.grad for p in alone.parameters()]
+
+    def gradients():
+        model.zero_grad()
+        loss_of(model, *batch()).backward()
+        return [p.grad.full_tensor() for p in model.parameters()]
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for step in order.split(", "):
+            if step == "shard":
+                fully_shard(model.rnn, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            else:
+                assert fastrnn.convert(model).converted == {"rnn": "LSTM"}
+        assert isinstance(model.rnn, fastrnn.LSTM) and isinstance(model.rnn, FSDPModule)
+        assert_all_close(gradients(), expected)
+        fastrnn.revert(model)
+        assert isinstance(model.rnn, nn.LSTM) and isinstance(model.rnn, FSDPModule)
+        assert_all_close(gradients(), expected)
+    finally:
+        dist.destroy_process_group()
 
 
 def run_example(checkpoint, *arguments, processes=1):
