@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import ops
-from fastrnn.stack import Device, States, as_hx, call_autocast, check_alike, is_tracing, read_weights
+from fastrnn.stack import NO_SCRIPT, Device, States, as_hx, call_autocast, check_alike, is_tracing, read_weights
 
 
 class _Cell(nn.RNNCellBase):
@@ -23,6 +23,10 @@ class _Cell(nn.RNNCellBase):
     def _op(self, *args: Any) -> tuple[Tensor, ...]:
         """Runs one step: the output, and the states after it."""
         raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> None:
+        """As of a `LayerStack`."""
+        raise NotImplementedError(NO_SCRIPT.format(type(self).__name__))
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Runs one step. What goes in and what comes out is said at the class."""

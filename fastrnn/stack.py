@@ -18,6 +18,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.options import NO_OPTIONS, Options, RecurrentOptions
 
+NO_SCRIPT = (
+    "torch.jit.script does not compile fastrnn.{}: torch.export, torch.compile and torch.jit.trace do, "
+    "and fastrnn.revert turns a converted model back into one that it compiles"
+)
+
 # Inside this module states are a sequence, h or (h, c); `hx` is what the user sees, a tensor or a pair.
 States = Sequence[Tensor]
 Device = torch.device | str | int | None
@@ -121,6 +126,10 @@ class LayerStack(nn.RNNBase):
     def _flat_weights(self, value: list[Any]) -> None:
         pass
 
+    def __prepare_scriptable__(self) -> None:
+        """Tells torch.jit.script that it is at the wrong address."""
+        raise NotImplementedError(NO_SCRIPT.format(type(self).__name__))
+
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take the weights where they are."""
 
@@ -174,12 +183,14 @@ class LayerStack(nn.RNNBase):
                 )
             if lengths.device != input.device:
                 raise ValueError(f"expected lengths on {input.device}, like input, got {lengths.device}")
-            inside = ((lengths >= 0) & (lengths <= T)).all()
-            if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            is_compiling = torch.compiler.is_compiling()
+            values = lengths if is_compiling else torch.func.debug_unwrap(lengths)  # of all members of torch.vmap
+            inside = ((values >= 0) & (values <= T)).all()
+            if lengths.device.type == "cpu" and not is_compiling:
                 if not inside:
-                    raise ValueError(f"expected lengths from 0 to {T}, got {lengths.tolist()}")
+                    raise ValueError(f"expected lengths from 0 to {T}, got {values.tolist()}")
             else:
-                torch._assert_async(inside, f"expected lengths from 0 to {T}")
+                torch._assert_async(inside, "expected lengths from 0 to the number of steps of input")
             controls["lengths"] = lengths.long()
         if reset is not None:
             if reset.shape != input.shape[:2] or reset.dtype != torch.bool:

@@ -214,6 +214,27 @@ def test_cells(name, device):
     assert_trees_close(*(jvp(f, (parameters, inputs[0]), tangents) for f in (ours_of, theirs_of)))
 
 
+@pytest.mark.parametrize("mapped", ["lengths", "reset", "both"])
+def test_vmap_over_what_is_said_of_the_steps(mapped, device):
+    """Members of lengths and episodes of their own."""
+    module = fastrnn.LSTM(2, 3, num_layers=2, bidirectional=True, device=device)
+    inputs = torch.randn(4, 5, 2, 2, device=device)
+    controls = {
+        "lengths": torch.randint(0, 6, (4, 2), device=device),
+        "reset": torch.rand(4, 5, 2, device=device) < 0.3,
+    }
+    controls = {name: value for name, value in controls.items() if mapped in (name, "both")}
+    ours = vmap(lambda x, controls: module(x, **controls)[0])(inputs, controls)
+    members = [{name: value[k] for name, value in controls.items()} for k in range(4)]
+    assert_trees_close(ours, torch.stack([module(x, **own)[0] for x, own in zip(inputs, members, strict=True)]))
+
+
+def test_vmap_over_lengths_beyond_the_input():
+    module = fastrnn.GRU(2, 3)
+    with pytest.raises(ValueError, match="expected lengths from 0 to 5"):
+        vmap(lambda lengths: module(torch.ones(5, 1, 2), lengths=lengths)[0])(torch.tensor([[5], [6]]))
+
+
 def test_batch_sizes_cannot_be_mapped(device):
     case = LayerCase("gru", packed=True)
     arguments = {name: t.to(device) for name, t in case.draw().items()}
