@@ -274,6 +274,15 @@ def test_in_place_change_of_a_saved_tensor_is_caught(case, module, tensors):
         output.sum().backward()
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_in_place_change_of_the_output_is_caught(cell, device):
+    """Backward reads the output, as that of torch.nn does but for RNN and GRU on the CPU."""
+    output, _ = Case(cell).module(fastrnn, device=device)(torch.randn(5, 3, Case(cell).I, device=device))
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 def test_runs_are_bitwise_equal(case, module, tensors):
     first, second = (run(case, module, tensors, None) for _ in range(2))
     for one, other in zip(first, second, strict=True):
