@@ -257,3 +257,18 @@ def check_layer_parity(case: LayerCase, ours: ModuleType, reference: ModuleType,
         for namespace, where, dtype in moves
     ]
     assert_parity(case, *results)
+
+
+def check_second_order(case: LayerCase, ours: ModuleType, reference: ModuleType, device: torch.device) -> None:
+    """As check_layer_parity, of derivatives of the gradients: those that the kernels computed are differentiated."""
+    results = []
+    for namespace, dtype in ((ours, case.dtype), (reference, case.dtype), (reference, torch.float64)):
+        drawn = {name: tensor.to(device, dtype) for name, tensor in case.draw().items() if tensor is not None}
+        leaves = {name: tensor.requires_grad_() for name, tensor in drawn.items()}
+        loss = case.call(namespace, leaves)["output"].sin().sum()
+        first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), list(leaves.values()))
+        results.append(dict(zip(leaves, second, strict=True)))
+    for name in results[0]:
+        values = (result[name] for result in results)
+        assert_close_to_truth(f"second derivative of {name}", *values, terms=case.terms, is_grad=True)

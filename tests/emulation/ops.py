@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from parity import CELLS, LayerCase, check_layer_parity
+from parity import CELLS, LayerCase, check_layer_parity, check_second_order
 
 from fastrnn import ops, reference
 
@@ -76,3 +76,9 @@ def test_second_backward_agrees(device):
     first, second = (torch.autograd.grad(output, wanted, retain_graph=True) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_order(cell, device):
+    case = LayerCase(cell, 3, 2, 2, 5, torch.float64, packed=True, reverse=True)
+    check_second_order(case, ops, reference, device)

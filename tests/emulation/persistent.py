@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from parity import CELLS, LayerCase, check_layer_parity
+from parity import CELLS, LayerCase, check_layer_parity, check_second_order
 from tolerances import error
 
+import fastrnn
 from fastrnn import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -152,6 +153,26 @@ def test_paths_agree_on_what_is_saved(cell, force, monkeypatch):
     force(Tiling(3, 2))
     for one, other in zip(operator(*positional, case.batch_sizes, True, True), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_order(cell, tiling, force):
+    force(tiling)
+    check_second_order(LayerCase(cell, 4, 3, 5, 21, packed=True, reverse=True), ops, reference, CPU)
+
+
+def test_exported_programs_obey_a_forced_path(force):
+    """The path is chosen where the program runs, not where it was exported."""
+    module, input = fastrnn.LSTM(5, 13), torch.randn(4, 3, 5)
+    projected = fastrnn.LSTM(5, 13, proj_size=7)
+    programs = [torch.export.export(each.eval(), (input,)).module() for each in (module, projected)]
+    expected = [each(input)[0] for each in (module, projected)]
+    torch.testing.assert_close(programs[1](input)[0], expected[1])
+    force(Tiling(2, 2))
+    torch.testing.assert_close(programs[0](input)[0], expected[0])
+    with pytest.raises(RuntimeError, match="cannot serve this layer: a projection has no persistent kernel"):
+        programs[1](input)
 
 
 def test_a_forced_path_serves_or_raises(force, monkeypatch):
