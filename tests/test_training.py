@@ -309,6 +309,24 @@ def test_state_dicts_of_torch_nn_load(name, tmp_path):
         torch.testing.assert_close(module(input)[0], theirs(input)[0])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpoints_as_old_versions_of_torch_wrote_them(name, tmp_path):
+    """In the format before 1.6, a plain dict without metadata; and a pickled module from before proj_size."""
+    theirs, ours = getattr(nn, name)(3, 4, num_layers=2), getattr(fastrnn, name)(3, 4, num_layers=2)
+    plain = dict(theirs.state_dict())
+    torch.save(plain, tmp_path / "weights.pt", _use_new_zipfile_serialization=False)
+    ours.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    input = torch.randn(5, 2, 3)
+    torch.testing.assert_close(ours(input)[0], theirs(input)[0])
+
+    attributes = theirs.__getstate__()
+    del attributes["proj_size"]
+    old = getattr(nn, name).__new__(getattr(nn, name))
+    old.__setstate__(attributes)
+    fastrnn.convert(old)
+    torch.testing.assert_close(old(input)[0], theirs(input)[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Threads and processes
 
