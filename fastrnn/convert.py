@@ -86,12 +86,16 @@ def revert(model: nn.Module) -> None:
 
     Raises:
         TypeError: If `model` is not a module.
-        ValueError: If nothing in it was converted. A module that was built as fastrnn's is not converted.
+        ValueError: If nothing in it was converted. A module that was built as fastrnn's is not converted. Or if the
+            forward of one was replaced since, as some hooks of Accelerate do: remove them first. Nothing is changed.
     """
-    converted = [module for _, module in _named_modules(model) if _MARK in module.__dict__]
+    converted = {name: module for name, module in _named_modules(model) if _MARK in vars(module)}
     if not converted:
         raise ValueError(f"nothing to revert: no module of this {type(model).__name__} was converted by fastrnn")
-    for module in converted:
+    if replaced := [name for name, module in converted.items() if "forward" in vars(module)]:
+        which = ", ".join(name or "the model" for name in replaced)
+        raise ValueError(f"cannot revert {which}: its forward was replaced after convert, by one that calls fastrnn's")
+    for module in converted.values():
         delattr(module, _MARK)
         _swap(module, _INVERSE[_base(type(module))])
 

@@ -263,6 +263,21 @@ def test_revert_leaves_what_was_built_as_fastrnn():
         fastrnn.revert(model)
 
 
+def test_revert_refuses_a_forward_that_calls_fastrnn(input):
+    """As the hooks of Accelerate do it: the bound method is kept, and called by what replaces it."""
+    model = nn.Sequential(nn.GRU(5, 5), nn.LSTM(5, 6))
+    fastrnn.convert(model)
+    expected, kept = model[1](input)[0], model[1].forward
+    model[1].forward = lambda *args: kept(*args)
+    with pytest.raises(ValueError, match="cannot revert 1: its forward was replaced after convert"):
+        fastrnn.revert(model)
+    assert [type(module) for module in model] == [fastrnn.GRU, fastrnn.LSTM]
+    assert torch.equal(model[1](input)[0], expected)
+    del model[1].forward
+    fastrnn.revert(model)
+    assert [type(module) for module in model] == [nn.GRU, nn.LSTM]
+
+
 @pytest.mark.parametrize("function", [fastrnn.convert, fastrnn.revert])
 def test_only_modules_are_taken(function):
     with pytest.raises(TypeError, match="expected a torch.nn.Module, got dict"):
