@@ -213,6 +213,22 @@ def test_accelerate():
     assert_all_close(list(model.parameters()), trained_by_hand(expected, 3))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_accelerate_loads_into_what_was_converted_without_weights(name, tmp_path):
+    """A checkpoint of torch.nn's model into one that was built empty; and weights that come when they are used."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install fastrnn[adoption]")
+    saved, (input, _) = Tagger(name), batch()
+    accelerate.Accelerator(cpu=True).save_model(saved, tmp_path)
+    with accelerate.init_empty_weights():
+        model = Tagger(name)
+    fastrnn.convert(model)
+    accelerate.load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"})
+    torch.testing.assert_close(model(input), saved(input))
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.rnn.weight_hh_l0.is_meta
+    torch.testing.assert_close(model(input), saved(input))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision_training(dtype, device):
     """autocast and GradScaler: the dtype of autocast inside, no overflow, and the loss goes down."""
