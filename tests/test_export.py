@@ -3,6 +3,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -248,6 +249,27 @@ def test_traced_modules(cell, device, tmp_path):
             each(input)[0].sin().sum().backward()
             results.append([p.grad for p in each.parameters()])
         assert_same(*results)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_programs_in_a_fresh_process(tmp_path):
+    """All that they need is `import fastrnn`."""
+    module = Case("gru", num_layers=2, bidirectional=True).module(fastrnn).eval()
+    input, other = torch.randn(5, 3, module.input_size), torch.randn(9, 4, module.input_size)
+    torch.export.save(torch.export.export(module, (input,), dynamic_shapes=DYNAMIC), tmp_path / "exported.pt2")
+    torch.jit.trace(module, input).save(tmp_path / "traced.pt")
+    torch.save([other, module(other)[0]], tmp_path / "expected.pt")
+    program = """if True:
+        import fastrnn, torch
+        input, expected = torch.load("expected.pt")
+        for load in (lambda: torch.export.load("exported.pt2").module(), lambda: torch.jit.load("traced.pt")):
+            torch.testing.assert_close(load()(input)[0], expected)
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
