@@ -147,9 +147,9 @@ struct Layer {
   }
 };
 
-inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
-inline Tensor or_nothing(const MaybeTensor& t, const Tensor& like) { return t ? *t : nothing(like); }
-inline MaybeTensor if_there(const Tensor& t) { return t.numel() > 0 ? MaybeTensor(t) : std::nullopt; }
+inline Tensor or_nothing(const MaybeTensor& t, const Tensor& like) {
+  return t ? *t : empty(like, {0}, like.scalar_type());
+}
 
 struct ForwardResult {
   Tensor output, h_n;

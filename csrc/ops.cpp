@@ -3,8 +3,8 @@
 // through its stable interface alone: one binary serves every torch from 2.10 on.
 //
 // One operator runs one layer in one direction. x_gates = input W_ih^T + b_ih, or the input itself where w_ih is None.
-// With save, forward also returns what backward needs; without, those results are empty. A gradient that is not asked
-// for comes back empty too.
+// With save, forward also returns what backward needs; without, those results are None. A gradient that is not asked
+// for comes back empty: torch.autograd.grad(is_grads_batched=True) takes no operator whose results may be None.
 #include <string>
 #include <tuple>
 
@@ -106,12 +106,10 @@ struct Operator {
 // What torch calls. Cells with the state h alone, then those with h and c.
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
-std::tuple<Tensor, Tensor, Tensor, Tensor> h_layer(const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh,
-                                                   const MaybeTensor& b_ih, const MaybeTensor& b_hh, const Tensor& h0,
-                                                   const MaybeTensor& batch_sizes, bool reverse, bool save,
-                                                   const MaybeTensor& lengths, const MaybeTensor& reset,
-                                                   const MaybeTensor& h_mask, const MaybeTensor& zone_h,
-                                                   double grad_clip) {
+std::tuple<Tensor, Tensor, MaybeTensor, MaybeTensor> h_layer(
+    const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh,
+    const Tensor& h0, const MaybeTensor& batch_sizes, bool reverse, bool save, const MaybeTensor& lengths,
+    const MaybeTensor& reset, const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip) {
   const ForwardResult r = Operator<Cell, Path>::forward({kName<Cell>,
                                                          input,
                                                          w_ih,
@@ -126,20 +124,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> h_layer(const Tensor& input, const Ma
                                                          reverse,
                                                          {lengths, reset, h_mask, zone_h, std::nullopt, grad_clip}},
                                                         save, false);
-  return {r.output, r.h_n, or_nothing(r.saved_gates, input), or_nothing(r.h_in, input)};
+  return {r.output, r.h_n, r.saved_gates, r.h_in};
 }
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> h_layer_backward(
     const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const Tensor& input, const MaybeTensor& w_ih,
     const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, const Tensor& h0,
-    const MaybeTensor& batch_sizes, bool reverse, const Tensor& output, const Tensor& saved_gates, const Tensor& h_in,
-    bool need_input, bool need_weights, const MaybeTensor& lengths, const MaybeTensor& reset, const MaybeTensor& h_mask,
-    const MaybeTensor& zone_h, double grad_clip) {
+    const MaybeTensor& batch_sizes, bool reverse, const Tensor& output, const MaybeTensor& saved_gates,
+    const MaybeTensor& h_in, bool need_input, bool need_weights, const MaybeTensor& lengths, const MaybeTensor& reset,
+    const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip) {
   ForwardResult saved;
   saved.output = output;
-  saved.saved_gates = if_there(saved_gates);
-  saved.h_in = if_there(h_in);
+  saved.saved_gates = saved_gates;
+  saved.h_in = h_in;
   const auto g = Operator<Cell, Path>::backward({kName<Cell>,
                                                  input,
                                                  w_ih,
@@ -160,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> h_layer_backward(
 }
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> c_layer(
+std::tuple<Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> c_layer(
     const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh,
     const MaybeTensor& w_hr, const MaybeTensor& w_cell, const Tensor& h0, const Tensor& c0,
     const MaybeTensor& batch_sizes, bool reverse, bool save, const MaybeTensor& lengths, const MaybeTensor& reset,
@@ -180,14 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> c_lay
                                                          reverse,
                                                          {lengths, reset, h_mask, zone_h, zone_c, grad_clip}},
                                                         save, return_cells);
-  return {r.output,
-          r.h_n,
-          *r.c_n,
-          or_nothing(r.cells, input),
-          or_nothing(r.saved_gates, input),
-          r.saved_c ? *r.saved_c : empty(input, {0}, acc_dtype(input.scalar_type())),
-          or_nothing(r.saved_m, input),
-          or_nothing(r.h_in, input)};
+  return {r.output, r.h_n, *r.c_n, r.cells, r.saved_gates, r.saved_c, r.saved_m, r.h_in};
 }
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
@@ -196,15 +187,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const MaybeTensor& grad_cells, const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh,
     const MaybeTensor& b_ih, const MaybeTensor& b_hh, const MaybeTensor& w_hr, const MaybeTensor& w_cell,
     const Tensor& h0, const Tensor& c0, const MaybeTensor& batch_sizes, bool reverse, const Tensor& output,
-    const Tensor& saved_gates, const Tensor& saved_c, const Tensor& saved_m, const Tensor& h_in, bool need_input,
-    bool need_weights, const MaybeTensor& lengths, const MaybeTensor& reset, const MaybeTensor& h_mask,
+    const MaybeTensor& saved_gates, const MaybeTensor& saved_c, const MaybeTensor& saved_m, const MaybeTensor& h_in,
+    bool need_input, bool need_weights, const MaybeTensor& lengths, const MaybeTensor& reset, const MaybeTensor& h_mask,
     const MaybeTensor& zone_h, double grad_clip, const MaybeTensor& zone_c, bool return_cells) {
   ForwardResult saved;
   saved.output = output;
   saved.saved_gates = saved_gates;
   saved.saved_c = saved_c;
-  saved.saved_m = if_there(saved_m);
-  saved.h_in = if_there(h_in);
+  saved.saved_m = saved_m;
+  saved.h_in = h_in;
   const auto g = Operator<Cell, Path>::backward(
       {kName<Cell>,
        input,
@@ -248,10 +239,10 @@ void define(Library& m, const std::string& name) {
           "Tensor? lengths=None, Tensor? reset=None, Tensor? h_mask=None, Tensor? zone_h=None, "
           "float grad_clip=0") +
       (has_c ? ", Tensor? zone_c=None, bool return_cells=False" : "");
-  const std::string saved =
-      has_c ? "Tensor saved_gates, Tensor saved_c, Tensor saved_m, Tensor h_in" : "Tensor saved_gates, Tensor h_in";
+  const std::string saved = has_c ? "Tensor? saved_gates, Tensor? saved_c, Tensor? saved_m, Tensor? h_in"
+                                  : "Tensor? saved_gates, Tensor? h_in";
   m.def((name + "_layer(" + floats + "bool save, " + controls + ") -> (Tensor output, Tensor h_n, " +
-         (has_c ? "Tensor c_n, Tensor cells, " : "") + saved + ")")
+         (has_c ? "Tensor c_n, Tensor? cells, " : "") + saved + ")")
             .c_str());
   m.def((name + "_layer_backward(Tensor? grad_output, Tensor? grad_h_n, " +
          (has_c ? "Tensor? grad_c_n, Tensor? grad_cells, " : "") + floats + "Tensor output, " + saved +

@@ -14,7 +14,7 @@ An operator that torch.func finds by itself, called as `torch.ops.fastrnn.*` or 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 Tensors = tuple[Tensor, ...]
+Results = tuple[Tensor | None, ...]
 Gradients = Sequence[Tensor | None]
 
 
@@ -59,7 +60,7 @@ class Operator:
                 _register(op, partial(_call_without_autocast, op, device), f"Autocast{device.upper()}")
             torch.library.register_vmap(op, partial(rule, self))
 
-    def __call__(self, *arguments: Any, controls: tuple[Any, ...] = (), recompute: bool = False) -> Tensors:
+    def __call__(self, *arguments: Any, controls: tuple[Any, ...] = (), recompute: bool = False) -> tuple[Any, ...]:
         """Runs the layer: its results, maybe more, as a differentiable function of the arguments.
 
         Args:
@@ -67,9 +68,11 @@ class Operator:
             controls: Of the operator.
             recompute: Whether backward runs the operator again in place of keeping what it saves.
         """
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            # Exported programs serve with and without grad: backward recomputes what was not saved.
+        # Exported programs serve with and without grad: backward recomputes what was not saved.
+        if torch.compiler.is_exporting():
             return self.forward(*arguments, False, *controls)  # type: ignore[no-any-return]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return _traced(self, *arguments, False, *controls)
         if torch.compiler.is_compiling():
             tensors = arguments[: self.floats]
             save = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -94,6 +97,23 @@ class Operator:
         return _vjp(lambda *floats: self.definition(*floats, *options), floats, grad_results)
 
 
+def _traced(operator: Operator, *arguments: Any) -> tuple[Any, ...]:
+    parameters = operator.forward._schema.arguments
+    arguments += tuple(parameter.default_value for parameter in parameters[len(arguments) :])
+    are_cells_asked_for = arguments[-1] is True
+    return _scripted(operator, 1 + operator.states + are_cells_asked_for)(*arguments)  # type: ignore[no-any-return]
+
+
+@cache  # graphs refer to it
+def _scripted(operator: Operator, results: int) -> Any:
+    """The operator up to its last result that is there: torch.jit.trace records none whose results may be None."""
+    parameters = operator.forward._schema.arguments
+    declarations = ", ".join(f"{p.name}: {p.type.annotation_str}" for p in parameters)
+    call = f"torch.ops.fastrnn.{operator.name}({', '.join(p.name for p in parameters)})"
+    unit = torch.jit.CompilationUnit(f"def layer({declarations}):\n    return {call}[:{results}]\n")
+    return torch._C._create_function_from_graph(f"__torch__.fastrnn.{operator.name}_{results}", unit.layer.graph)
+
+
 _library = torch.library.Library("fastrnn", "IMPL")  # type: ignore[no-untyped-call]  # registrations end with it
 
 
@@ -105,12 +125,12 @@ def _is_forward_mode() -> bool:
     return forward_ad._current_level >= 0  # of torch.func.jvp as well
 
 
-def _differentiable_forward(operator: Operator, *arguments: Any) -> Tensors:
+def _differentiable_forward(operator: Operator, *arguments: Any) -> Results:
     """What the operator does with autograd: called by torch.ops, and by graphs that hold it."""
     if _is_forward_mode() or torch._C._are_functorch_transforms_active():  # which refuse a Function inside an operator
         save = operator.floats + 2
         results = operator.definition(*arguments[:save], *arguments[save + 1 :])
-        return *results, *[arguments[0].new_empty(0)] * operator.saved
+        return results + (None,) * (operator.results + operator.saved - len(results))
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return _FastrnnLayer.apply(operator, *arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _FastrnnLayer.forward(operator, *arguments)
@@ -133,7 +153,7 @@ def _options_and_tensors(operator: Operator, arguments: Sequence[Any]) -> tuple[
     return [*arguments[tensors : tensors + 2], *arguments[controls:]], *arguments[:tensors]
 
 
-def _call_without_autocast(op: Any, device: str, *arguments: Any) -> Tensors:
+def _call_without_autocast(op: Any, device: str, *arguments: Any) -> Results:
     # The products inside compute in the dtype of the arguments. This kernel is not reached where autocast is off.
     with torch.autocast(device, enabled=False):
         return op(*arguments)  # type: ignore[no-any-return]
@@ -148,19 +168,14 @@ class _FastrnnLayer(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(operator: Operator, *arguments: Any) -> Tensors:
+    def forward(operator: Operator, *arguments: Any) -> Results:
         with torch._C._AutoDispatchBelowAutograd():
             return operator.forward(*arguments)  # type: ignore[no-any-return]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        operator = ctx.operator = inputs[0]
-        end = operator.floats + 2
-        ctx.reverse, ctx.save, *controls = inputs[end:]
-        ctx.controls, tensors = _take_tensors(controls)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[operator.results :])
-        ctx.save_for_backward(*inputs[1:end], output[0], *output[operator.results :], *tensors)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+        _keep_for_backward(ctx, *inputs, results=output)
+        ctx.mark_non_differentiable(*(t for t in output[ctx.operator.results :] if t is not None))
 
     @staticmethod
     def backward(ctx: Any, *grad_results: Tensor | None) -> Gradients:
@@ -188,6 +203,14 @@ class _FastrnnLayer(torch.autograd.Function):
         return None, *(g if need else None for g, need in zip(gradients, needed, strict=False)), *none
 
 
+def _keep_for_backward(ctx: Any, operator: Operator, *arguments: Any, results: Results) -> None:
+    end = operator.floats + 1
+    ctx.operator, ctx.reverse, ctx.save = operator, arguments[end], arguments[end + 1]
+    ctx.controls, tensors = _take_tensors(arguments[end + 2 :])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*arguments[:end], results[0], *results[operator.results :], *tensors)
+
+
 # Controls that wait for backward: their tensors are left to autograd, which sees when one is changed in place.
 
 
@@ -207,10 +230,10 @@ class _FastrnnEagerLayer(torch.autograd.Function):
     """As _FastrnnLayer, in the form that costs least per call. torch.func does not take this form."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensors:
-        results = _FastrnnLayer.forward(*arguments)
-        _FastrnnLayer.setup_context(ctx, arguments, results)
-        return results[: arguments[0].results]
+    def forward(ctx: Any, operator: Operator, *arguments: Any) -> Results:
+        results = _FastrnnLayer.forward(operator, *arguments)
+        _keep_for_backward(ctx, operator, *arguments, results=results)
+        return results[: operator.results]
 
     backward = _FastrnnLayer.backward
 
@@ -221,12 +244,12 @@ class _FastrnnGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(operator: Operator, *arguments: Any) -> Tensors:
+    def forward(operator: Operator, *arguments: Any) -> Results:
         with torch._C._AutoDispatchBelowAutograd():
             return operator.backward(*arguments)  # type: ignore[no-any-return]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         ctx.operator, *arguments = inputs
         ctx.inputs = len(inputs)
         (batch_sizes, ctx.reverse, *controls), *tensors = _options_and_tensors(ctx.operator, arguments)
@@ -282,20 +305,15 @@ def _batched_forward(operator: Operator, info: Any, in_dims: Sequence[int | None
     results = operator.forward(fold(0, 1), *arguments[1:first_state], *states, *arguments[operator.floats :])
     members_and_rows = (info.batch_size, states[0].size(0) // info.batch_size)
     output, *states = results[: 1 + operator.states]
-    empty = [t.expand(info.batch_size, 0) for t in results[1 + operator.states : operator.results]]
-    saved = [
-        t.unflatten(0, (-1, *members_and_rows)).movedim(1, 0).flatten(1, 2)  # (T*V*B, K) to (V, T*B, K)
-        if t.dim() == 2
-        else t.expand(info.batch_size, 0)
-        for t in results[operator.results :]
-    ]
     unfolded = (
         output.unflatten(1, members_and_rows),
         *(s.unflatten(0, members_and_rows) for s in states),
-        *empty,
-        *saved,
+        *(  # (T*V*B, K) to (V, T*B, K)
+            None if t is None else t.unflatten(0, (-1, *members_and_rows)).movedim(1, 0).flatten(1, 2)
+            for t in results[1 + operator.states :]
+        ),
     )
-    return unfolded, (1, *[0] * (len(results) - 1))
+    return unfolded, (1, *(None if result is None else 0 for result in unfolded[1:]))
 
 
 def _batched_backward(operator: Operator, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:
@@ -313,4 +331,5 @@ def _one_by_one(op: Any, info: Any, in_dims: Sequence[int | None], arguments: Se
         op(*(a if dim is None else a.select(dim, member) for a, dim in zip(arguments, in_dims, strict=True)))
         for member in range(info.batch_size)
     ]
-    return tuple(torch.stack(results) for results in zip(*members, strict=True)), (0,) * len(members[0])
+    stacked = tuple(None if results[0] is None else torch.stack(results) for results in zip(*members, strict=True))
+    return stacked, tuple(None if result is None else 0 for result in stacked)

@@ -292,11 +292,11 @@ def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _empty_or_like(like: Tensor, shape: Sequence[int], wanted: bool) -> Tensor:
-    return like.new_empty(tuple(shape) if wanted else (0,))
+def _empty_if(wanted: bool, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor | None:
+    return like.new_empty(tuple(shape), dtype=dtype) if wanted else None
 
 
-def _c_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor, ...]]:
+def _c_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor | None, ...]]:
     def fake(  # type: ignore[no-untyped-def]
         input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes, reverse, save, lengths=None, reset=None,
         h_mask=None, zone_h=None, grad_clip=0.0, zone_c=None, return_cells=False,
@@ -308,17 +308,17 @@ def _c_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor, ...]]:
             output,
             h_n,
             c_n,
-            _empty_or_like(input, (*output.shape[:-1], hidden), return_cells),
-            _empty_or_like(input, (n, saved * hidden), save),
-            input.new_empty((rows_of_c, hidden) if save else (0,), dtype=_acc_dtype(input.dtype)),
-            _empty_or_like(input, (n, hidden), save and w_hr is not None),
-            _empty_or_like(input, (n, w_hh.shape[1]), save and h_mask is not None),
+            _empty_if(return_cells, input, (*output.shape[:-1], hidden)),
+            _empty_if(save, input, (n, saved * hidden)),
+            _empty_if(save, input, (rows_of_c, hidden), _acc_dtype(input.dtype)),
+            _empty_if(save and w_hr is not None, input, (n, hidden)),
+            _empty_if(save and h_mask is not None, input, (n, w_hh.shape[1])),
         )
 
     return fake
 
 
-def _h_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor, ...]]:
+def _h_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor | None, ...]]:
     def fake(  # type: ignore[no-untyped-def]
         input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse, save, lengths=None, reset=None, h_mask=None,
         zone_h=None, grad_clip=0.0,
@@ -328,8 +328,8 @@ def _h_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor, ...]]:
         return (
             output,
             h_n,
-            _empty_or_like(input, (n, saved * hidden), save and saved > 0),
-            _empty_or_like(input, (n, hidden), save and h_mask is not None),
+            _empty_if(save and saved > 0, input, (n, saved * hidden)),
+            _empty_if(save and h_mask is not None, input, (n, hidden)),
         )
 
     return fake
@@ -341,8 +341,8 @@ def _gradients_fake(
     input, *weights = inputs
     assert input is not None
     return (
-        _empty_or_like(input, input.shape, need_input),
-        *(_empty_or_like(input, () if w is None else w.shape, need_weights and w is not None) for w in weights),
+        input.new_empty(input.shape if need_input else 0),
+        *(input.new_empty(0 if w is None or not need_weights else w.shape) for w in weights),
         *(state.new_empty(state.shape) for state in states),
     )
 
@@ -389,23 +389,14 @@ def _c_operator(name: str, saved: int, gates: int, definition: Callable[..., tup
 def _lstm_definition(*arguments: Any, coupled: bool = False) -> tuple[Tensor, ...]:
     input, w_ih, w_hh, b_ih, b_hh, w_hr, w_peephole, h0, c0, batch_sizes, reverse, *controls = arguments
     options = _options(CellStateControls, batch_sizes, reverse, controls)
-    return_cells = options.pop("return_cells", False)
-    output, h_n, c_n, cells = reference.lstm_layer(
-        *(input, w_ih, w_hh, b_ih, b_hh, h0, c0),
-        coupled=coupled,
-        w_peephole=w_peephole,
-        return_cells=True,
-        w_hr=w_hr,
-        **options,
-    )
-    return output, h_n, c_n, cells if return_cells else cells.new_empty(0)
+    floats = (input, w_ih, w_hh, b_ih, b_hh, h0, c0)
+    return reference.lstm_layer(*floats, coupled=coupled, w_peephole=w_peephole, w_hr=w_hr, **options)
 
 
 def _slstm_definition(*arguments: Any) -> tuple[Tensor, ...]:
     input, w_ih, w_hh, b_ih, b_hh, _, _, h0, c0, batch_sizes, reverse, *controls = arguments
     options = _options(Controls, batch_sizes, reverse, controls)
-    results = reference.slstm_layer(input, w_ih, w_hh, b_ih, b_hh, h0, c0, **options)
-    return *results, input.new_empty(0)
+    return reference.slstm_layer(input, w_ih, w_hh, b_ih, b_hh, h0, c0, **options)
 
 
 _RNN = {
