@@ -13,8 +13,9 @@
 
 namespace fastrnn {
 
+// The LSTM up to o and c', which take the places of h' and c'.
 template <typename T>
-struct LstmCell {
+struct LstmGates {
   static constexpr int kGates = 4;                 // i, f, g, o
   static constexpr int kStates = 2;                // h, c
   static constexpr int kParameters = 0;            // beside weights and biases
@@ -28,9 +29,8 @@ struct LstmCell {
     const T f = sigmoid(gx[1] + gh[1]);
     const T g = tanh(gx[2] + gh[2]);
     const T o = sigmoid(gx[3] + gh[3]);
-    const T c = f * prev[1] + i * g;
-    next[0] = o * tanh(c);
-    next[1] = c;
+    next[0] = o;
+    next[1] = f * prev[1] + i * g;
     saved[0] = i;
     saved[1] = f;
     saved[2] = g;
@@ -42,22 +42,42 @@ struct LstmCell {
     return saved[1] * prev[1] + saved[0] * saved[2];
   }
 
-  // d_prev[0] is 0: h reaches the step only through W_hh. With a projection, d_next[0] is the gradient of the
-  // value before it, o tanh(c'), and next[0] is not read.
+  // d_prev[0] is 0: h reaches the step only through W_hh.
   FASTRNN_HD static void backward(const Values<T, kParameters>& /*w*/, const Values<T, kSaved>& saved,
-                                  const Values<T, kStates>& prev, const Values<T, kStates>& next,
+                                  const Values<T, kStates>& prev, const Values<T, kStates>& /*next*/,
                                   const Values<T, kStates>& d_next, Values<T, kStates>& d_prev, Values<T, kGates>& d_gx,
                                   Values<T, kGates>& d_gh) {
     const T i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const T tanh_c = tanh(next[1]);
-    const T d_c = d_next[1] + d_next[0] * o * tanh_grad(tanh_c);
+    const T d_o = d_next[0], d_c = d_next[1];
     d_gx[0] = d_c * g * sigmoid_grad(i);
     d_gx[1] = d_c * prev[1] * sigmoid_grad(f);
     d_gx[2] = d_c * i * tanh_grad(g);
-    d_gx[3] = d_next[0] * tanh_c * sigmoid_grad(o);
+    d_gx[3] = d_o * sigmoid_grad(o);
     for (int k = 0; k < kGates; ++k) d_gh[k] = d_gx[k];
     d_prev[0] = T{};
     d_prev[1] = d_c * f;
+  }
+};
+
+template <typename T>
+struct LstmCell : LstmGates<T> {
+  using Gates = LstmGates<T>;
+
+  FASTRNN_HD static void forward(const Values<T, Gates::kGates>& gx, const Values<T, Gates::kGates>& gh,
+                                 const Values<T, Gates::kParameters>& w, const Values<T, Gates::kStates>& prev,
+                                 Values<T, Gates::kStates>& next, Values<T, Gates::kSaved>& saved) {
+    Gates::forward(gx, gh, w, prev, next, saved);
+    next[0] = next[0] * tanh(next[1]);
+  }
+
+  // With a projection, d_next[0] is the gradient of the value before it, o tanh(c'), and next[0] is not read.
+  FASTRNN_HD static void backward(const Values<T, Gates::kParameters>& w, const Values<T, Gates::kSaved>& saved,
+                                  const Values<T, Gates::kStates>& prev, const Values<T, Gates::kStates>& next,
+                                  const Values<T, Gates::kStates>& d_next, Values<T, Gates::kStates>& d_prev,
+                                  Values<T, Gates::kGates>& d_gx, Values<T, Gates::kGates>& d_gh) {
+    const T tanh_c = tanh(next[1]), o = saved[3];
+    const Values<T, Gates::kStates> d_gates = {d_next[0] * tanh_c, d_next[1] + d_next[0] * o * tanh_grad(tanh_c)};
+    Gates::backward(w, saved, prev, next, d_gates, d_prev, d_gx, d_gh);
   }
 };
 
