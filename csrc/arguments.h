@@ -71,7 +71,7 @@ inline std::ostream& operator<<(std::ostream& to, const DeviceOf& device) {
 // What a cell asks of its arguments.
 struct CellFacts {
   int gates, states, parameters;
-  bool x_gates_only;  // the input holds x_gates with every bias in it
+  bool x_gates_only, no_biases;  // where they are elsewhere: in the input, in w_cell
 };
 
 // What happens to the states between two steps; see Controls in kernels.h. Nothing: no such thing.
@@ -118,7 +118,8 @@ struct Arguments {
             shape_of(input));
       check(!b_ih, op, ": expected b_ih to be None where w_ih is None, got a tensor");
     }
-    check(!cell.x_gates_only || (!w_ih && !b_hh), op, ": expected w_ih and b_hh to be None, got a tensor");
+    check(!cell.x_gates_only || !w_ih, op, ": expected w_ih to be None, got a tensor");
+    check(!cell.no_biases || (!b_ih && !b_hh), op, ": expected b_ih and b_hh to be None, got a tensor");
     if (b_ih) expect("b_ih", *b_ih, {G_H});
     if (b_hh) expect("b_hh", *b_hh, {G_H});
     if (batch_sizes) check_batch_sizes();

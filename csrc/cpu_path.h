@@ -72,6 +72,7 @@ struct CpuPath {
     if (l.w_hr || kTwoProducts) g.d_projected = empty(l.input, {l.N, l.P}, t);
     g.d_h0 = empty(l.input, {l.B, l.P}, acc);
     if (C::kStates > 1) g.d_c0 = empty(l.input, sizes_of(*l.c0), acc);
+    if (kNormalises<C>) g.d_w_cell = empty(l.input, {C::kParameters * l.H}, acc);
     dispatch_storage(t, [&](auto zero) {
       using S = decltype(zero);
       using T = typename AccOf<S>::type;
@@ -97,7 +98,8 @@ struct CpuPath {
                                       out<S>(g.d_h_gates),
                                       out<S>(g.d_projected),
                                       out<T>(g.d_h0),
-                                      out<T>(g.d_c0)},
+                                      out<T>(g.d_c0),
+                                      out<T>(g.d_w_cell)},
                                      torch_threads());
     });
     return g;
@@ -174,8 +176,27 @@ struct CpuPath {
     return d;
   }
 
-  // The sum over all rows of the gradient of a gate times c before the step, or as the step made it.
+  // The sum over all rows of the gradient of a gate times c before the step, or as the step made it. A cell that
+  // normalises has summed already.
   static Tensor parameter_gradient(const Layer& l, const GateGradients& g, const ForwardResult& r) {
+    if constexpr (kNormalises<Cell<float>>) {
+      return *g.d_w_cell;
+    } else {
+      return peephole_gradient(l, g, r);
+    }
+  }
+
+  static Tensor projection_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved) {
+    const Tensor m = dense(to_dtype(*saved.saved_m, g.d_projected->scalar_type()));
+    const auto rows_of_m = [&](auto zero, auto& rows) {
+      const auto* const first = in<decltype(zero)>(m);
+      for (int64_t n = 0; n < l.real_rows(); ++n) rows.push_back(first + n * l.H);
+    };
+    return *weight_gradient(l, *g.d_projected, l.H, true, false, rows_of_m).weight;
+  }
+
+ private:
+  static Tensor peephole_gradient(const Layer& l, const GateGradients& g, const ForwardResult& r) {
     using C = Cell<float>;
     const ScalarType t = acc_dtype(l.storage);
     const Tensor saved_c = dense(to_dtype(*r.saved_c, t)), saved_gates = dense(to_dtype(*r.saved_gates, t));
@@ -208,16 +229,6 @@ struct CpuPath {
     return d_w;
   }
 
-  static Tensor projection_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved) {
-    const Tensor m = dense(to_dtype(*saved.saved_m, g.d_projected->scalar_type()));
-    const auto rows_of_m = [&](auto zero, auto& rows) {
-      const auto* const first = in<decltype(zero)>(m);
-      for (int64_t n = 0; n < l.real_rows(); ++n) rows.push_back(first + n * l.H);
-    };
-    return *weight_gradient(l, *g.d_projected, l.H, true, false, rows_of_m).weight;
-  }
-
- private:
   static MaybeTensor in_acc(const MaybeTensor& t) {
     return t ? MaybeTensor(to_dtype(*t, acc_dtype(t->scalar_type()))) : std::nullopt;
   }

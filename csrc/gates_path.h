@@ -128,11 +128,15 @@ struct GatesPath {
 
     const Tensor x_gates = flat(dense(l.w_ih ? linear(l.input, *l.w_ih, l.b_ih) : l.input), l.N);
     const Tensor h_gates = empty(l.input, {l.B, C::kGates * l.H}, t);
-    const Tensor w_hh_t = transposed(l.w_hh);
+    const Tensor w_hh_t = transposed(first_weight(l));
     const Tensor output = flat(r.output, l.N);
     const MaybeTensor m = l.w_hr && !save ? MaybeTensor(empty(l.input, {l.B, l.H}, t)) : std::nullopt;
     const bool changes_h = l.h_mask || l.reset;  // before the product
     const MaybeTensor h_in = changes_h && !r.h_in ? MaybeTensor(empty(l.input, {l.B, l.P}, t)) : std::nullopt;
+
+    const MaybeTensor scratch = make_scratch(l);
+    std::optional<SecondProduct> second;
+    if (kTwoProducts) second = SecondProduct(l);
 
     for (int64_t s = 0; s < l.T; ++s) {
       const int64_t row = l.row_begin[l.steps.time(s)], count = l.steps.count(s);
@@ -143,18 +147,38 @@ struct GatesPath {
       }
       const Tensor products = rows(h_gates, 0, count);
       mm_out(products, h, w_hh_t);
+      if constexpr (kTwoProducts) {
+        second->forward(l, s, r, x_gates, products, h, output, device);
+        continue;
+      }
       const MaybeTensor unprojected = r.saved_m ? r.saved_m : m;
       const int64_t m_row = r.saved_m ? row : 0;
       dispatch_storage(t, [&](auto types) {
         using T = typename decltype(types)::storage;
         using A = typename decltype(types)::acc;
         const T* h_prev = l.w_hr ? nullptr : in<T>(r.h_n);
-        check_launch(launch_gates_forward<Cell, T, A>(
-            {count, l.H, at<T>(x_gates, row), in<T>(products), in<T>(l.b_hh), in<T>(l.w_cell), h_prev,
-             controls<T>(l, s, 0), out<A>(r.c_n), l.B * l.H, l.w_hr ? to<T>(unprojected, m_row) : to<T>(output, row),
-             l.w_hr ? nullptr : out<T>(r.h_n), to<T>(r.cells, row), to<T>(r.saved_gates, row), to<A>(r.saved_c, row),
-             l.N * l.H},
-            device.stream()));
+        const GatesForward<T, A> p{count,
+                                   l.H,
+                                   at<T>(x_gates, row),
+                                   in<T>(products),
+                                   in<T>(l.b_hh),
+                                   in<T>(l.w_cell),
+                                   h_prev,
+                                   controls<T>(l, s, 0),
+                                   out<A>(r.c_n),
+                                   l.B * l.H,
+                                   l.w_hr ? to<T>(unprojected, m_row) : to<T>(output, row),
+                                   l.w_hr ? nullptr : out<T>(r.h_n),
+                                   to<T>(r.cells, row),
+                                   to<T>(r.saved_gates, row),
+                                   to<A>(r.saved_c, row),
+                                   l.N * l.H,
+                                   out<A>(scratch)};
+        if constexpr (kNormalises<C>) {
+          check_launch(launch_norm_forward<Cell>(p, device.stream()));
+        } else if constexpr (!kTwoProducts) {
+          check_launch(launch_gates_forward<Cell>(p, device.stream()));
+        }
         if (!l.w_hr) return;
         mm_out(rows(output, row, count), rows(*unprojected, m_row, count), transposed(*l.w_hr));
         check_launch(launch_update_h(
@@ -163,6 +187,45 @@ struct GatesPath {
       });
     }
     return r;
+  }
+
+  static constexpr bool kTwoProducts = kResetsBefore<C>;
+  // The rows of W_hh that multiply h. Of a cell with two products, the last gate's multiply r h.
+  static Tensor first_weight(const Layer& l) { return kTwoProducts ? rows(l.w_hh, 0, C::kGates * l.H) : l.w_hh; }
+  static Tensor second_weight(const Layer& l) { return rows(l.w_hh, C::kGates * l.H, l.H); }
+
+  // The rest of a step of a cell that resets before, and what it sets aside.
+  struct SecondProduct {
+    Tensor z, m, product;  // [B, H]
+
+    explicit SecondProduct(const Layer& l)
+        : z(empty(l.input, {l.B, l.H}, acc_dtype(l.storage))),
+          m(empty(l.input, {l.B, l.H}, l.storage)),
+          product(empty(l.input, {l.B, l.H}, l.storage)) {}
+
+    void forward(const Layer& l, int64_t s, const ForwardResult& r, const Tensor& x_gates, const Tensor& h_gates,
+                 const Tensor& h_in, const Tensor& output, const OnDevice& device) const {
+      const int64_t row = l.row_begin[l.steps.time(s)], count = l.steps.count(s);
+      dispatch_storage(l.storage, [&](auto types) {
+        using T = typename decltype(types)::storage;
+        using A = typename decltype(types)::acc;
+        const StepControls<T> c = controls<T>(l, s, 0);
+        const ResetForward<T, A> gates{l.H, at<T>(x_gates, row), in<T>(h_gates), in<T>(h_in),
+                                       c,   out<A>(z),           out<T>(m),      to<T>(r.saved_gates, row)};
+        check_launch(launch_update_h(count, l.H, gates, device.stream()));
+        mm_out(rows(product, 0, count), rows(m, 0, count), transposed(second_weight(l)));
+        const ResetFinish<T, A> finish{
+            l.H,           at<T>(x_gates, row),      in<T>(product), in<T>(r.h_n), in<A>(z), c, to<T>(output, row),
+            out<T>(r.h_n), to<T>(r.saved_gates, row)};
+        check_launch(launch_update_h(count, l.H, finish, device.stream()));
+      });
+    }
+  };
+
+  // What a kernel that normalises sets aside for a row.
+  static MaybeTensor make_scratch(const Layer& l) {
+    if constexpr (kNormalises<C>) return empty(l.input, {l.B, C::kScratch * l.H}, acc_dtype(l.storage));
+    return std::nullopt;
   }
 
   // to = what the product of the s-th step reads, from h before it.
@@ -190,18 +253,21 @@ struct GatesPath {
       return d_rows ? MaybeTensor(flat(dense(*d_rows), l.N)) : std::nullopt;
     };
     GateGradients g;
-    g.d_x_gates = empty(l.input, {l.N, C::kGates * l.H}, t);
+    g.d_x_gates = empty(l.input, {l.N, l.w_hh.size(0)}, t);
     g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
     g.d_h0 = carried({l.B, l.P}, d.h_n);
     if (C::kStates > 1) g.d_c0 = carried(sizes_of(*l.c0), d.c_n);
-    if (l.w_hr) g.d_projected = empty(l.input, {l.N, l.P}, t);
-    if (C::kParameters > 0) g.d_w_rows = empty(l.input, {l.N, C::kParameters * l.H}, acc);
+    if (l.w_hr || kTwoProducts) g.d_projected = empty(l.input, {l.N, l.P}, t);
+    if (C::kParameters > 0) {
+      g.d_w_rows = empty(l.input, {kNormalises<C> ? l.B : l.N, C::kParameters * l.H}, acc);
+      if (kNormalises<C>) set_zero(*g.d_w_rows);
+    }
     const Backward b{l, saved, g, by_rows(d.output), by_rows(d.cells), flat(saved.output, l.N),
                      // Where nothing ends within a step, the rows before are those of the step before.
-                     l.lengths ? MaybeTensor(h_before(l, saved, device)) : std::nullopt,
+                     l.lengths || kTwoProducts ? MaybeTensor(h_before(l, saved, device)) : std::nullopt,
                      l.c0 ? MaybeTensor(to_dtype(*l.c0, acc)) : std::nullopt, empty(l.input, {l.B, l.P}, t),
                      // The kernel's carry with a projection, which has another width.
-                     l.w_hr ? MaybeTensor(empty(l.input, {l.B, l.H}, acc)) : std::nullopt, device};
+                     l.w_hr ? MaybeTensor(empty(l.input, {l.B, l.H}, acc)) : std::nullopt, make_scratch(l), device};
     for (int64_t s = l.T - 1; s >= 0; --s) b.step(s);
     return g;
   }
@@ -224,7 +290,17 @@ struct GatesPath {
         make_product_input(l, s, step_rows, step_rows, device);
       }
     }
-    return {mm(transposed(g.d_h_gates), h), bias ? MaybeTensor(sum_rows(g.d_h_gates)) : std::nullopt};
+    Tensor d_w_hh = mm(transposed(g.d_h_gates), h);
+    if constexpr (kTwoProducts) {
+      const Tensor m = empty(h, {l.N, l.H}, l.storage);
+      dispatch_storage(l.storage, [&](auto types) {
+        using T = typename decltype(types)::storage;
+        const ResetProduct<T> update{l.H, in<T>(saved.saved_gates), in<T>(h), out<T>(m)};
+        check_launch(launch_update_h(l.N, l.H, update, device.stream()));
+      });
+      d_w_hh = cat_rows(d_w_hh, mm(transposed(*g.d_projected), m));
+    }
+    return {d_w_hh, bias ? MaybeTensor(sum_rows(g.d_h_gates)) : std::nullopt};
   }
   static Tensor projection_gradient(const Layer&, const GateGradients& g, const ForwardResult& saved) {
     return mm(transposed(*g.d_projected), *saved.saved_m);
@@ -262,11 +338,12 @@ struct GatesPath {
     const MaybeTensor c0;         // [C, B, H]  in the type of c
     const Tensor products;        // [B, P]  d_h_gates of a step times W_hh
     const MaybeTensor d_m_carry;  // [B, H]
+    const MaybeTensor scratch;
     const OnDevice& device;
 
     // Whether the gradient that leaves a step is made apart. Else the kernel of the step before adds the product
     // itself.
-    bool folds() const { return l.w_hr || l.lengths || l.reset || l.h_mask || l.grad_clip != 0; }
+    bool folds() const { return l.w_hr || l.lengths || l.reset || l.h_mask || l.grad_clip != 0 || kTwoProducts; }
 
     void step(int64_t s) const {
       const int64_t row = l.row_begin[l.steps.time(s)], count = l.steps.count(s);
@@ -278,12 +355,13 @@ struct GatesPath {
         d_m = mm(rows(*g.d_projected, row, count), *l.w_hr);
         set_zero(rows(*d_m_carry, 0, count));
       }
-      int64_t begin = 0;
+      int64_t begin = kTwoProducts ? count : 0;
+      if constexpr (kTwoProducts) reset_gates(s, row, count);
       for (const int64_t end : {std::min(going_on, started), std::max(going_on, started), count}) {
         if (begin < end) gates(s, row, begin, end, begin < started, begin < going_on ? MaybeTensor(products) : d_m);
         begin = end;
       }
-      mm_out(rows(products, 0, count), rows(g.d_h_gates, row, count), l.w_hh);
+      mm_out(rows(products, 0, count), rows(g.d_h_gates, row, count), first_weight(l));
       leave(s, folds() ? 0 : started, count);
     }
 
@@ -296,6 +374,36 @@ struct GatesPath {
         const ThroughStep<T, A> update{
             at<T>(products, begin), at<T>(l.h_mask, begin), c.lengths, c.t, c.reset, l.grad_clip, to<A>(g.d_h0, begin)};
         check_launch(launch_update_h(end - begin, l.P, update, device.stream()));
+      });
+    }
+
+    // Of a cell that resets before: the gradients of all gates.
+    void reset_gates(int64_t s, int64_t row, int64_t count) const {
+      dispatch_storage(l.storage, [&](auto types) {
+        using T = typename decltype(types)::storage;
+        using A = typename decltype(types)::acc;
+        const StepControls<T> c = controls<T>(l, s, 0);
+        const ResetFinishBackward<T, A> finish{l.H,
+                                               at<T>(saved.saved_gates, row),
+                                               at<T>(h_prev, row),
+                                               at<T>(d_output, row),
+                                               c,
+                                               out<A>(g.d_h0),
+                                               to<T>(g.d_x_gates, row),
+                                               to<T>(g.d_h_gates, row),
+                                               to<T>(g.d_projected, row)};
+        check_launch(launch_update_h(count, l.H, finish, device.stream()));
+        mm_out(rows(products, 0, count), rows(*g.d_projected, row, count), second_weight(l));
+        const ResetBackward<T, A> reset{l.H,
+                                        at<T>(saved.saved_gates, row),
+                                        at<T>(h_prev, row),
+                                        in<T>(l.h_mask),
+                                        in<T>(products),
+                                        c,
+                                        out<A>(g.d_h0),
+                                        to<T>(g.d_x_gates, row),
+                                        to<T>(g.d_h_gates, row)};
+        check_launch(launch_update_h(count, l.H, reset, device.stream()));
       });
     }
 
@@ -319,28 +427,33 @@ struct GatesPath {
         using T = typename decltype(types)::storage;
         using A = typename decltype(types)::acc;
         const T* h = h_prev ? at<T>(h_prev, row) : at<T>(has_before ? output : l.h0, before);
-        check_launch(launch_gates_backward<Cell, T, A>({end - begin,
-                                                        l.H,
-                                                        in<T>(l.w_cell),
-                                                        at<T>(saved.saved_gates, row),
-                                                        l.w_hr ? nullptr : h,
-                                                        l.w_hr ? nullptr : at<T>(output, row),
-                                                        at<A>(has_before ? saved.saved_c : c0, before),
-                                                        (has_before ? l.N : l.B) * l.H,
-                                                        at<A>(saved.saved_c, row),
-                                                        l.N * l.H,
-                                                        l.w_hr ? nullptr : at<T>(d_output, row),
-                                                        at<T>(d_h, begin),
-                                                        at<T>(d_cells, row),
-                                                        controls<T>(l, s, begin),
-                                                        l.grad_clip,
-                                                        l.w_hr ? to<A>(d_m_carry, begin) : to<A>(g.d_h0, begin),
-                                                        to<A>(g.d_c0, begin),
-                                                        l.B * l.H,
-                                                        to<T>(g.d_x_gates, row),
-                                                        to<T>(g.d_h_gates, row),
-                                                        to<A>(g.d_w_rows, row)},
-                                                       device.stream()));
+        const GatesBackward<T, A> p{end - begin,
+                                    l.H,
+                                    in<T>(l.w_cell),
+                                    at<T>(saved.saved_gates, row),
+                                    l.w_hr ? nullptr : h,
+                                    l.w_hr ? nullptr : at<T>(output, row),
+                                    at<A>(has_before ? saved.saved_c : c0, before),
+                                    (has_before ? l.N : l.B) * l.H,
+                                    at<A>(saved.saved_c, row),
+                                    l.N * l.H,
+                                    l.w_hr ? nullptr : at<T>(d_output, row),
+                                    at<T>(d_h, begin),
+                                    at<T>(d_cells, row),
+                                    controls<T>(l, s, begin),
+                                    l.grad_clip,
+                                    l.w_hr ? to<A>(d_m_carry, begin) : to<A>(g.d_h0, begin),
+                                    to<A>(g.d_c0, begin),
+                                    l.B * l.H,
+                                    to<T>(g.d_x_gates, row),
+                                    to<T>(g.d_h_gates, row),
+                                    to<A>(g.d_w_rows, kNormalises<C> ? begin : row),
+                                    to<A>(scratch, begin)};
+        if constexpr (kNormalises<C>) {
+          check_launch(launch_norm_backward<Cell>(p, device.stream()));
+        } else if constexpr (!kTwoProducts) {
+          check_launch(launch_gates_backward<Cell>(p, device.stream()));
+        }
       });
     }
   };

@@ -11,26 +11,30 @@
 
 #include "cells/gru.h"
 #include "cells/lstm.h"
+#include "cells/norm.h"
 #include "cells/rnn.h"
 #include "cells/slstm.h"
 #include "cells/zoneout.h"
 
 // The lists of cells: they expand X(op name, cell template). Tests walk them. Those of torch.nn have persistent CUDA
-// kernels too.
+// kernels too; those that normalise have CUDA kernels of their own, and so has the one with two products.
 #define FASTRNN_FOR_EACH_TORCH_CELL(X) \
   X(rnn_tanh, RnnTanhCell)             \
   X(rnn_relu, RnnReluCell)             \
   X(lstm, LstmCell)                    \
   X(gru, GruCell)
-#define FASTRNN_FOR_EACH_CELL(X)      \
+#define FASTRNN_FOR_EACH_UNIT_CELL(X) \
   FASTRNN_FOR_EACH_TORCH_CELL(X)      \
   X(rnn_leaky_relu, RnnLeakyReluCell) \
   X(lstm_coupled, CoupledLstmCell)    \
   X(lstm_peephole, PeepholeLstmCell)  \
   X(slstm, SlstmCell)
-// And one that has no CUDA kernel yet.
-#define FASTRNN_FOR_EACH_CPU_CELL(X) \
-  FASTRNN_FOR_EACH_CELL(X)           \
+#define FASTRNN_FOR_EACH_NORM_CELL(X) \
+  X(lstm_norm, NormLstmCell)          \
+  X(gru_norm, NormGruCell)
+#define FASTRNN_FOR_EACH_CELL(X) \
+  FASTRNN_FOR_EACH_UNIT_CELL(X)  \
+  FASTRNN_FOR_EACH_NORM_CELL(X)  \
   X(gru_before, GruBeforeCell)
 
 namespace fastrnn {
@@ -156,6 +160,7 @@ struct SequenceBackward {
   scalar_t* d_projected;  // [N, P]  gradient of what the product with w_hr gave; null without one
   acc_t* d_h0;            // [B, P]  carries the direct part of d_h from step to step
   acc_t* d_c0;            // [C, B, H]  carries d_c; null for cells without c
+  acc_t* d_w_cell;        // [kParameters*H]  of a cell that normalises, else null
 };
 
 // d_input = d_x_gates W_ih.
@@ -221,6 +226,7 @@ struct GatesForward {
   scalar_t* saved_gates;   // [B, kSaved*H]; null in inference
   acc_t* saved_c;          // [C, B, H]  c after the step; null in inference and for cells without c
   int64_t saved_c_stride;  // between the C
+  acc_t* scratch;          // [B, kScratch*H]  of a cell that normalises, else null
 };
 
 template <typename scalar_t, typename acc_t>
@@ -247,7 +253,9 @@ struct GatesBackward {
   // outputs
   scalar_t* d_x_gates;  // [B, G*H]
   scalar_t* d_h_gates;  // [B, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
-  acc_t* d_w_rows;      // [B, kParameters*H]  each row's part of the gradient of w_cell; null for cells without
+  acc_t* d_w_rows;      // [B, kParameters*H]  each row's part of the gradient of w_cell; null for cells without. A cell
+                        // that normalises adds its own
+  acc_t* scratch;       // [B, kScratch*H]  of a cell that normalises, else null
 };
 
 // What the controls do to h between two steps. Rows of width values; mask [rows, width] or null; lengths, t and reset
@@ -290,6 +298,68 @@ struct TakeProjected {
   scalar_t* d_projected;  // zero where the row is dead
 };
 
+// Of a cell that resets before, between its two products. Rows of H values; what is null as above.
+
+// r and z from the first product, and m = r h, which the second one reads.
+template <typename scalar_t, typename acc_t>
+struct ResetForward {
+  int64_t H;
+  const scalar_t* x_gates;  // [rows, 3*H]
+  const scalar_t* h_gates;  // [rows, 2*H]  the first product
+  const scalar_t* h_in;     // [rows, H]  what it read
+  StepControls<scalar_t> controls;
+  acc_t* z;               // [rows, H]
+  scalar_t* m;            // [rows, H]
+  scalar_t* saved_gates;  // [rows, 3*H] or null
+};
+// n and h' from the second.
+template <typename scalar_t, typename acc_t>
+struct ResetFinish {
+  int64_t H;
+  const scalar_t* x_gates;  // [rows, 3*H]
+  const scalar_t* product;  // [rows, H]
+  const scalar_t* h_prev;   // [rows, H]  may be h_state
+  const acc_t* z;           // [rows, H]
+  StepControls<scalar_t> controls;
+  scalar_t* h_next;       // [rows, H]
+  scalar_t* h_state;      // [rows, H]  h_next for the rows that live
+  scalar_t* saved_gates;  // [rows, 3*H] or null
+};
+// The gradients of n and z, and what goes past the products.
+template <typename scalar_t, typename acc_t>
+struct ResetFinishBackward {
+  int64_t H;
+  const scalar_t* saved_gates;  // [rows, 3*H]
+  const scalar_t* h_prev;       // [rows, H]
+  const scalar_t* d_output;     // [rows, H] or null
+  StepControls<scalar_t> controls;
+  acc_t* d_h;             // [rows, H]
+  scalar_t* d_x_gates;    // [rows, 3*H]
+  scalar_t* d_h_gates;    // [rows, 2*H]
+  scalar_t* d_projected;  // [rows, H]  gradient of the second product
+};
+// That of r, from that of m.
+template <typename scalar_t, typename acc_t>
+struct ResetBackward {
+  int64_t H;
+  const scalar_t* saved_gates;  // [rows, 3*H]
+  const scalar_t* h_prev;       // [rows, H]
+  const scalar_t* h_mask;       // [rows, H] or null
+  const scalar_t* d_m;          // [rows, H]
+  StepControls<scalar_t> controls;
+  acc_t* d_h;           // [rows, H]
+  scalar_t* d_x_gates;  // [rows, 3*H]
+  scalar_t* d_h_gates;  // [rows, 2*H]
+};
+// m again.
+template <typename scalar_t>
+struct ResetProduct {
+  int64_t H;
+  const scalar_t* saved_gates;  // [rows, 3*H]
+  const scalar_t* h_in;         // [rows, H]
+  scalar_t* m;                  // [rows, H]
+};
+
 #if defined(FASTRNN_WITH_CUDA) || defined(FASTRNN_EMULATE)
 // Stream is a cudaStream_t and the result a cudaError_t; spelled so that this header needs no CUDA header.
 using CudaStream = void*;
@@ -298,7 +368,12 @@ template <template <typename> class Cell, typename scalar_t, typename acc_t>
 CudaStatus launch_gates_forward(const GatesForward<scalar_t, acc_t>&, CudaStream);
 template <template <typename> class Cell, typename scalar_t, typename acc_t>
 CudaStatus launch_gates_backward(const GatesBackward<scalar_t, acc_t>&, CudaStream);
-// Instantiated for the four above.
+// The same, of the cells that normalise.
+template <template <typename> class Cell, typename scalar_t, typename acc_t>
+CudaStatus launch_norm_forward(const GatesForward<scalar_t, acc_t>&, CudaStream);
+template <template <typename> class Cell, typename scalar_t, typename acc_t>
+CudaStatus launch_norm_backward(const GatesBackward<scalar_t, acc_t>&, CudaStream);
+// Instantiated for the updates of h, and for the steps of a cell that resets before.
 template <class Update>
 CudaStatus launch_update_h(int64_t rows, int64_t width, const Update&, CudaStream);
 const char* cuda_status_string(CudaStatus);

@@ -171,6 +171,7 @@ struct GateGradients {
   Tensor d_h0;
   MaybeTensor d_c0;
   MaybeTensor d_w_rows;  // [N, kParameters*H]  what the gradient of w_cell is the sum of; of the path "gates"
+  MaybeTensor d_w_cell;  // [kParameters*H]
 };
 
 }  // namespace fastrnn

@@ -13,11 +13,9 @@
 #if defined(FASTRNN_EMULATE)
 #include "persistent_path.h"
 #define FASTRNN_CPU_PATH PersistentPath
-#define FASTRNN_FOR_EACH_REGISTERED_CELL FASTRNN_FOR_EACH_CELL
 #else
 #include "cpu_path.h"
 #define FASTRNN_CPU_PATH CpuPath
-#define FASTRNN_FOR_EACH_REGISTERED_CELL FASTRNN_FOR_EACH_CPU_CELL
 #if defined(FASTRNN_WITH_PERSISTENT)
 #include "persistent_path.h"
 #define FASTRNN_CUDA_PATH PersistentPath
@@ -36,12 +34,13 @@ constexpr const char* kName = nullptr;
 #define FASTRNN_NAME(name, Cell) \
   template <>                    \
   constexpr const char* kName<Cell> = "fastrnn::" #name "_layer";
-FASTRNN_FOR_EACH_CPU_CELL(FASTRNN_NAME)
+FASTRNN_FOR_EACH_CELL(FASTRNN_NAME)
 #undef FASTRNN_NAME
 
 template <template <typename> class Cell>
 constexpr CellFacts kFacts = {Cell<float>::kGates + kResetsBefore<Cell<float>>, Cell<float>::kStates,
-                              Cell<float>::kParameters, kResetsBefore<Cell<float>>};
+                              Cell<float>::kParameters, kResetsBefore<Cell<float>>,
+                              kResetsBefore<Cell<float>> || kNormalises<Cell<float>>};
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
 struct Operator {
@@ -106,10 +105,13 @@ struct Operator {
 // What torch calls. Cells with the state h alone, then those with h and c.
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
-std::tuple<Tensor, Tensor, MaybeTensor, MaybeTensor> h_layer(
-    const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh,
-    const Tensor& h0, const MaybeTensor& batch_sizes, bool reverse, bool save, const MaybeTensor& lengths,
-    const MaybeTensor& reset, const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip) {
+std::tuple<Tensor, Tensor, MaybeTensor, MaybeTensor> h_layer(const Tensor& input, const MaybeTensor& w_ih,
+                                                             const Tensor& w_hh, const MaybeTensor& b_ih,
+                                                             const MaybeTensor& b_hh, const MaybeTensor& w_cell,
+                                                             const Tensor& h0, const MaybeTensor& batch_sizes,
+                                                             bool reverse, bool save, const MaybeTensor& lengths,
+                                                             const MaybeTensor& reset, const MaybeTensor& h_mask,
+                                                             const MaybeTensor& zone_h, double grad_clip) {
   const ForwardResult r = Operator<Cell, Path>::forward({kName<Cell>,
                                                          input,
                                                          w_ih,
@@ -117,7 +119,7 @@ std::tuple<Tensor, Tensor, MaybeTensor, MaybeTensor> h_layer(
                                                          b_ih,
                                                          b_hh,
                                                          std::nullopt,
-                                                         std::nullopt,
+                                                         w_cell,
                                                          h0,
                                                          std::nullopt,
                                                          batch_sizes,
@@ -128,9 +130,9 @@ std::tuple<Tensor, Tensor, MaybeTensor, MaybeTensor> h_layer(
 }
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> h_layer_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> h_layer_backward(
     const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const Tensor& input, const MaybeTensor& w_ih,
-    const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, const Tensor& h0,
+    const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, const MaybeTensor& w_cell, const Tensor& h0,
     const MaybeTensor& batch_sizes, bool reverse, const Tensor& output, const MaybeTensor& saved_gates,
     const MaybeTensor& h_in, bool need_input, bool need_weights, const MaybeTensor& lengths, const MaybeTensor& reset,
     const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip) {
@@ -145,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> h_layer_backward(
                                                  b_ih,
                                                  b_hh,
                                                  std::nullopt,
-                                                 std::nullopt,
+                                                 w_cell,
                                                  h0,
                                                  std::nullopt,
                                                  batch_sizes,
@@ -153,8 +155,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> h_layer_backward(
                                                  {lengths, reset, h_mask, zone_h, std::nullopt, grad_clip}},
                                                 saved, {grad_output, grad_h_n, std::nullopt, std::nullopt}, need_input,
                                                 need_weights);
-  return {or_nothing(g.input, input), or_nothing(g.w_ih, input), or_nothing(g.w_hh, input),
-          or_nothing(g.b_ih, input),  or_nothing(g.b_hh, input), g.h0};
+  return {or_nothing(g.input, input),
+          or_nothing(g.w_ih, input),
+          or_nothing(g.w_hh, input),
+          or_nothing(g.b_ih, input),
+          or_nothing(g.b_hh, input),
+          or_nothing(g.w_cell, input),
+          g.h0};
 }
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
@@ -231,9 +238,9 @@ template <template <typename> class Cell>
 void define(Library& m, const std::string& name) {
   const bool has_c = Cell<float>::kStates > 1;
   const std::string weights = "Tensor input, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, ";
-  const std::string floats = weights +
-                             (has_c ? "Tensor? w_hr, Tensor? w_cell, Tensor h0, Tensor c0, " : "Tensor h0, ") +
-                             "Tensor? batch_sizes, bool reverse, ";
+  const std::string floats =
+      weights + (has_c ? "Tensor? w_hr, Tensor? w_cell, Tensor h0, Tensor c0, " : "Tensor? w_cell, Tensor h0, ") +
+      "Tensor? batch_sizes, bool reverse, ";
   const std::string controls =
       std::string(
           "Tensor? lengths=None, Tensor? reset=None, Tensor? h_mask=None, Tensor? zone_h=None, "
@@ -248,7 +255,8 @@ void define(Library& m, const std::string& name) {
          (has_c ? "Tensor? grad_c_n, Tensor? grad_cells, " : "") + floats + "Tensor output, " + saved +
          ", bool need_input, bool need_weights, " + controls +
          ") -> (Tensor grad_input, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh, " +
-         (has_c ? "Tensor grad_w_hr, Tensor grad_w_cell, Tensor grad_h0, Tensor grad_c0)" : "Tensor grad_h0)"))
+         (has_c ? "Tensor grad_w_hr, Tensor grad_w_cell, Tensor grad_h0, Tensor grad_c0)"
+                : "Tensor grad_w_cell, Tensor grad_h0)"))
             .c_str());
 }
 
@@ -268,11 +276,11 @@ void implement(Library& m, const std::string& name) {
 
 STABLE_TORCH_LIBRARY(fastrnn, m) {
 #define FASTRNN_DEFINE(name, Cell) fastrnn::define<fastrnn::Cell>(m, #name);
-  FASTRNN_FOR_EACH_CPU_CELL(FASTRNN_DEFINE)
+  FASTRNN_FOR_EACH_CELL(FASTRNN_DEFINE)
 }
 
 #define FASTRNN_CPU(name, Cell) fastrnn::implement<fastrnn::Cell, fastrnn::FASTRNN_CPU_PATH>(m, #name);
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m){FASTRNN_FOR_EACH_REGISTERED_CELL(FASTRNN_CPU)}
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m){FASTRNN_FOR_EACH_CELL(FASTRNN_CPU)}
 #if defined(FASTRNN_CUDA_PATH)
 #define FASTRNN_CUDA(name, Cell) fastrnn::implement<fastrnn::Cell, fastrnn::FASTRNN_CUDA_PATH>(m, #name);
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {

@@ -20,6 +20,7 @@ struct CpuProblem {
   int gates;
   int threads;                // that the framework allows
   bool two_products = false;  // a step has a second one, of what the first one gave
+  bool normalises = false;    // the products of a row, all of them together
 };
 
 struct CpuPlan {
@@ -56,8 +57,10 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
   if (p.threads <= 1) return plan(Split::rows, 1, "one thread is allowed");
   if (!worth_threads(work)) return plan(Split::rows, 1, "too little work for a second thread");
   if (p.B >= kRowsPerThread * p.threads) return plan(Split::rows, p.threads, "enough rows for every thread");
-  if (p.P != p.H || p.two_products) {
-    const char* reason = p.two_products ? "two products a step split by rows only" : "a projection splits by rows only";
+  if (p.P != p.H || p.two_products || p.normalises) {
+    const char* reason = p.two_products ? "two products a step split by rows only"
+                         : p.normalises ? "layer normalisation splits by rows only"
+                                        : "a projection splits by rows only";
     return plan(Split::rows, std::min<int64_t>(p.threads, p.B), reason);
   }
   const int64_t by_units = std::min<int64_t>(p.threads, p.B * weights / kMinimumWeightsPerThread);

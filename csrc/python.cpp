@@ -70,11 +70,10 @@ PYBIND11_MODULE(_C, module) {
       .def_readonly("pack_recurrent", &fastrnn::CpuPlan::pack_recurrent);
   module.def(
       "plan_cpu",
-      [](int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int gates, int threads) {
-        return fastrnn::plan_cpu({T, B, I, H, P, gates, threads});
-      },
+      [](int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int gates, int threads, bool two_products,
+         bool normalises) { return fastrnn::plan_cpu({T, B, I, H, P, gates, threads, two_products, normalises}); },
       py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("gates"),
-      py::arg("threads"));
+      py::arg("threads"), py::arg("two_products") = false, py::arg("normalises") = false);
 
   py::class_<fastrnn::CudaPlan>(module, "CudaPlan")
       .def_property_readonly(

@@ -46,8 +46,22 @@ class CpuPlan:
     def pack_recurrent(self) -> bool:
         """Whether W_hh is packed before use, or read where it is."""
 
-def plan_cpu(*, T: int, B: int, I: int, H: int, P: int, gates: int, threads: int) -> CpuPlan:
-    """The plan for a layer of these sizes, where torch may use `threads` threads. P is H without a projection."""
+def plan_cpu(
+    *,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    P: int,
+    gates: int,
+    threads: int,
+    two_products: bool = False,
+    normalises: bool = False,
+) -> CpuPlan:
+    """The plan for a layer of these sizes, where torch may use `threads` threads. P is H without a projection.
+
+    `two_products`: of a GRU that resets before the product, with gates=2. `normalises`: with layer normalisation.
+    """
 
 class CudaPlan:
     """The path of a layer on a GPU, how it is shared between the GPU's multiprocessors, and why."""

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import cells
 from fastrnn.convert import convert, revert
 from fastrnn.options import run_in_chunks
+from fastrnn.reference import LAYER_NORM_GROUPS, layer_norm_gates
 from fastrnn.stack import LayerStack
 
 # Okabe and Ito's palette, told apart by every common form of colour vision.
@@ -241,13 +242,22 @@ class _Step:
     c_prev: Tensor | None  # (rows, H)
     weights: Sequence[Any]  # w_ih, w_hh, b_ih, b_hh
     w_peephole: Tensor | None
+    layer_norm: Sequence[Any] | None  # gain_ih, gain_hh and, of an LSTM, more
     reset_after: bool
 
     def gates(self) -> dict[str, Tensor]:
         """The values of the gates, each (rows, H)."""
         w_ih, w_hh, b_ih, b_hh = self.weights
         gates = _GATES[self.cell]
-        gx, gh = (part.chunk(len(gates), -1) for part in (linear(self.x, w_ih, b_ih), linear(self.h_prev, w_hh, b_hh)))
+        products = ((self.x, w_ih, b_ih), (self.h_prev, w_hh, b_hh))
+        if self.layer_norm is None:
+            gx, gh = (linear(*product).chunk(len(gates), -1) for product in products)
+        else:
+            groups = LAYER_NORM_GROUPS[self.cell]
+            gx, gh = (
+                layer_norm_gates(linear(x, weight), gain, bias, groups).chunk(len(gates), -1)
+                for (x, weight, bias), gain in zip(products, self.layer_norm, strict=False)
+            )
         peepholes = {} if self.w_peephole is None else dict(zip("ifo", self.w_peephole.chunk(3), strict=True))
         values: dict[str, Tensor] = {}
         c = self.c_prev
@@ -375,6 +385,7 @@ class _Recorder:
                 c_prev=others[0][rows] if others else None,
                 weights=weights,
                 w_peephole=options.get("w_peephole"),
+                layer_norm=options.get("layer_norm"),
                 reset_after=self._reset_after,
             )
         )

@@ -68,19 +68,26 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
         for direction in range(directions):
             label = name if is_cell else f"{name} layer {layer}" + (" reverse" if direction else "")
             sizes = f"T={T} B={B} I={width} H={hidden}" + (f" P={projected}" if projected != hidden else "")
-            if kind == "GRU" and not getattr(module, "reset_after", True) and data.device.type != "cpu":
-                path = "plain torch, step by step (fastrnn.reference): reset_after=False has no CUDA kernel yet"
-            elif data.device.type == "cuda":
+            if data.device.type == "cuda":
                 path = _cuda_path(problem, kind, projected != hidden, dtype, data.device, beyond)
             else:
-                path = _cpu_path(problem | {"I": width, "P": projected})
+                path = _cpu_path(problem | {"I": width, "P": projected} | _cell_problem(module))
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
     return Explanation(tuple(lines), tuple(_notes(data, dtype)))
 
 
+def _cell_problem(module: Any) -> dict[str, Any]:
+    """What the plan asks about the cell."""
+    if not getattr(module, "reset_after", True):
+        return {"gates": 2, "two_products": True}
+    return {"normalises": getattr(module, "layer_norm", False)}
+
+
 def _beyond_torch(module: Any) -> str | None:
     """An option of a module that torch.nn has not, and that the persistent CUDA kernels have not either."""
-    for name in ("coupled", "peephole"):
+    if not getattr(module, "reset_after", True):
+        return "reset_after=False"
+    for name in ("coupled", "peephole", "layer_norm"):
         if getattr(module, name, False):
             return name
     if isinstance(module, modules.SLSTM):

@@ -187,9 +187,8 @@ class GRU(keras.layers.GRU):  # type: ignore[misc]
         n = tanh(xn + r hn)
         h = (1 - z) n + z h
 
-    With ``reset_after=False`` there is one bias, and n is ``tanh(xn + (r h) recurrent_kernel_n)``: this form has no
-    CUDA kernel yet and runs `fastrnn.reference` there, step by step. Other activations, and training with
-    `recurrent_dropout`, run Keras's own loop.
+    With ``reset_after=False`` there is one bias, and n is ``tanh(xn + (r h) recurrent_kernel_n)``. Other activations,
+    and training with `recurrent_dropout`, run Keras's own loop.
     """
 
     inner_loop = _inner_loop
@@ -233,7 +232,4 @@ def _service(layer: Any) -> str:
         return f"Keras's own loop: {always}"
     if type(layer).inner_loop is not _inner_loop:
         return "Keras's own loop: fastrnn.keras.patch() puts it on the kernels"
-    by = "the kernels"
-    if _kind(layer) == "GRU" and not layer.cell.reset_after:
-        by += "; on CUDA fastrnn.reference, step by step: there is no CUDA kernel for reset_after=False"
-    return f"{by}; Keras's own loop in training: {in_training}" if in_training else by
+    return f"the kernels; Keras's own loop in training: {in_training}" if in_training else "the kernels"

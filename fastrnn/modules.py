@@ -101,9 +101,12 @@ class GRU(LayerStack):
         h = (1 - z) n + z h
 
     where x is the input, above the first layer the output of the layer below after dropout. Beyond torch.nn:
-    `fastrnn.options.RecurrentOptions`, and reset_after=False, the GRU as it was published (Cho et al., 2014), which
-    resets before the product: n = tanh(W_in x + b_in + W_hn (r h) + b_hn). It has no CUDA kernel yet, and runs
-    `fastrnn.reference` there, step by step.
+    `fastrnn.options.RecurrentOptions`, and
+
+    * reset_after=False: the GRU as it was published (Cho et al., 2014), which resets before the product:
+      n = tanh(W_in x + b_in + W_hn (r h) + b_hn)
+    * layer_norm=True: gain LN(W x) + b in the place of W x + b, with gain_ih_l[k] for the input and gain_hh_l[k] for h,
+      (3*H,), 1 at first; r and z are normalised together, n alone (Ba, Kiros, Hinton, "Layer normalization", 2016)
 
     A call takes `input` and optionally `h_0`, zero by default, and returns `output, h_n`:
 
@@ -138,10 +141,13 @@ class GRU(LayerStack):
         dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
+        layer_norm: bool = False,
         **options: Unpack[RecurrentOptions],
     ) -> None:
-        """Takes what torch.nn.GRU takes, `reset_after` and `fastrnn.options.RecurrentOptions`."""
+        """Takes what torch.nn.GRU takes, `reset_after`, `layer_norm` and `fastrnn.options.RecurrentOptions`."""
         _check_options(options)
+        if layer_norm and not reset_after:
+            raise ValueError("expected layer_norm=False with reset_after=False, got True")
         if not reset_after:
             self.reset_after = False
         super().__init__(
@@ -149,9 +155,13 @@ class GRU(LayerStack):
             device=device,
             dtype=dtype,
         )
+        if layer_norm:
+            self.layer_norm = True
+            self._add_weights({"gain_ih": 3 * hidden_size, "gain_hh": 3 * hidden_size}, device, dtype)
         self._set_options(options)
 
     reset_after: bool = True  # of a module that was torch.nn's when it was made
+    _beyond = ("reset_after", "layer_norm")
 
     def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         return ops.gru_layer(*args, reset_after=self.reset_after, **options)
@@ -177,6 +187,9 @@ class LSTM(LayerStack):
     * coupled=True: i = 1 - f, weights for three gates f, g, o (Greff et al., "LSTM: a search space odyssey", 2017)
     * peephole=True: the gates i and f see w_i c and w_f c, o sees w_o c of the new c, through weight_peephole_l[k], the
       blocks i, f, o: (3*H,) (Gers et al., "Learning precise timing with LSTM recurrent networks", 2002)
+    * layer_norm=True: gain LN(W x) + b in the place of W x + b, with gain_ih_l[k] for the input and gain_hh_l[k] for h,
+      (4*H,), the gates normalised together; and h = o tanh(gain_c LN(c) + bias_c), with gain_c_l[k] and bias_c_l[k],
+      (H,). Gains are 1 at first, bias_c is 0 (Ba, Kiros, Hinton, "Layer normalization", 2016)
     * forget_bias: what the two biases of the forget gate add up to at first (Jozefowicz et al., "An empirical
       exploration of recurrent network architectures", 2015: 1)
     * `fastrnn.options.RecurrentOptions`
@@ -223,13 +236,14 @@ class LSTM(LayerStack):
         *,
         coupled: bool = False,
         peephole: bool = False,
+        layer_norm: bool = False,
         forget_bias: float | None = None,
         **options: Unpack[RecurrentOptions],
     ) -> None:
         """Takes what torch.nn.LSTM takes, `fastrnn.options.RecurrentOptions`, and what the class says."""
         _check_options(options)
-        if coupled and peephole:
-            raise ValueError("expected coupled and peephole not both to be True")
+        if coupled + peephole + layer_norm > 1:
+            raise ValueError("expected at most one of coupled, peephole and layer_norm to be True")
         if forget_bias is not None and not bias:
             raise ValueError("expected bias=True where forget_bias is given, got False")
         if coupled and proj_size > 0:
@@ -248,19 +262,18 @@ class LSTM(LayerStack):
         self.mode = "LSTM"
         if peephole:
             self.peephole = True
-            for names in self._all_weights:
-                name = names[0].replace("weight_ih", "weight_peephole")
-                self.register_parameter(name, nn.Parameter(torch.empty(3 * hidden_size, device=device, dtype=dtype)))
-                names.append(name)
-            self._flat_weights_names = [name for names in self._all_weights for name in names]
-            self._init_flat_weights()
-            self.reset_parameters()
+            self._add_weights({"weight_peephole": 3 * hidden_size}, device, dtype)
+        if layer_norm:
+            self.layer_norm = True
+            gains = {"gain_ih": 4 * hidden_size, "gain_hh": 4 * hidden_size, "gain_c": hidden_size}
+            self._add_weights(gains | ({"bias_c": hidden_size} if bias else {}), device, dtype)
         self._set_options(options)
 
     # Of a module that was torch.nn's when it was made.
     coupled: bool = False
     peephole: bool = False
     forget_bias: float | None = None
+    _beyond = ("coupled", "peephole", "layer_norm", "forget_bias")
 
     def reset_parameters(self) -> None:
         """Draws the weights as torch.nn does, and sets the biases of the forget gate where `forget_bias` says so."""
@@ -269,7 +282,7 @@ class LSTM(LayerStack):
             return
         first = 0 if self.coupled else self.hidden_size
         for name, parameter in self.named_parameters():
-            if name.startswith("bias"):
+            if name.startswith(("bias_ih", "bias_hh")):
                 with torch.no_grad():
                     parameter[first : first + self.hidden_size] = self.forget_bias if name.startswith("bias_ih") else 0
 
@@ -294,8 +307,10 @@ class LSTM(LayerStack):
     def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         return ops.lstm_layer(*args, coupled=self.coupled, **options)
 
-    def _further_weights(self, weights: list[Tensor]) -> dict[str, Tensor]:
+    def _further_weights(self, weights: list[Tensor]) -> dict[str, Any]:
         named = super()._further_weights(weights)
+        if self.layer_norm and not self.bias:
+            named["layer_norm"] = [*weights, None]
         return named | {"w_peephole": weights[-1]} if self.peephole else named
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:

@@ -29,7 +29,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def one_state(name: str, **attributes: Any) -> Callable[..., Any]:
         def translate(  # type: ignore[no-untyped-def]
-            input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes=None, reverse: bool = False, save: bool = False,
+            input, w_ih, w_hh, b_ih, b_hh, w_cell, h0, batch_sizes=None, reverse: bool = False, save: bool = False,
             lengths=None, reset=None, h_mask=None, zone_h=None, grad_clip: float = 0.0,
         ) -> Sequence[Any]:  # fmt: skip
             _refuse(name, {"packed input": batch_sizes, "reset": reset, "a mask": h_mask, "zoneout": zone_h})

@@ -110,7 +110,7 @@ def rnn_layer(
         raise ValueError(
             f"fastrnn::rnn_layer: expected nonlinearity 'tanh', 'relu' or 'leaky_relu', got {nonlinearity!r}"
         )
-    arguments = (input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
+    arguments = (input, w_ih, w_hh, b_ih, b_hh, None, h0, batch_sizes, reverse)
     output, h_n, *_ = _RNN[nonlinearity](
         *arguments, controls=_control_arguments("rnn_layer", controls, Controls), recompute=recompute
     )
@@ -126,6 +126,7 @@ def gru_layer(
     h0: Tensor,
     *,
     reset_after: bool = True,
+    layer_norm: Sequence[Tensor | None] | None = None,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     recompute: bool = False,
@@ -142,20 +143,29 @@ def gru_layer(
         h = (1 - z) * n + z * h
 
     The equation is that of `torch.nn.GRU`. With ``reset_after=False`` it is that of Cho et al., "Learning phrase
-    representations using RNN encoder-decoder", 2014: ``n = tanh(xn + (r * h) @ w_hn.T + b_hn)``; this form has no
-    CUDA kernel yet, and runs `fastrnn.reference` step by step there. Arguments, results and errors are those of
-    `rnn_layer`, with G = 3.
+    representations using RNN encoder-decoder", 2014: ``n = tanh(xn + (r * h) @ w_hn.T + b_hn)``. With `layer_norm`,
+    ``gain_ih`` and ``gain_hh`` of (3*H,), ``gain * LN(product) + bias`` takes the place of each of the two products
+    with its bias, where LN normalises the blocks r and z together and the block n alone, ``(a - mean(a)) /
+    sqrt(var(a) + 1e-5)`` (Ba, Kiros, Hinton, "Layer normalization", 2016). Where `w_ih` is None the input holds the
+    product without a bias.
+
+    Arguments, results and errors are those of `rnn_layer`, with G = 3.
+
+    Raises:
+        ValueError: Where both `layer_norm` and ``reset_after=False`` are given.
     """
+    if layer_norm is not None and not reset_after:
+        raise ValueError("fastrnn::gru_layer: expected reset_after=True where layer_norm is given, got False")
     operator = _GRU
-    arguments = (input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse)
+    arguments: tuple[Any, ...] = (input, w_ih, w_hh, b_ih, b_hh, None, h0, batch_sizes, reverse)
+    if layer_norm is not None:
+        w_cell = _layer_norm_parameters("gru_layer", w_hh, b_ih, b_hh, *layer_norm)
+        operator, arguments = _GRU_NORM, (input, w_ih, w_hh, None, None, w_cell, h0, batch_sizes, reverse)
     if not reset_after:
-        if input.device.type != "cpu" or not _GRU_BEFORE_HAS_KERNEL:
-            options = _options(Controls, batch_sizes, reverse, _control_arguments("gru_layer", controls, Controls))
-            return reference.gru_layer(input, w_ih, w_hh, b_ih, b_hh, h0, reset_after=False, **options)
         # Its biases are sums with the input gates, wherever they come from.
         bias = b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh
         x_gates = linear(input, w_ih, bias) if w_ih is not None else input if bias is None else input + bias
-        operator, arguments = _GRU_BEFORE, (x_gates, None, w_hh, None, None, h0, batch_sizes, reverse)
+        operator, arguments = _GRU_BEFORE, (x_gates, None, w_hh, None, None, None, h0, batch_sizes, reverse)
     output, h_n, *_ = operator(
         *arguments, controls=_control_arguments("gru_layer", controls, Controls), recompute=recompute
     )
@@ -174,6 +184,7 @@ def lstm_layer(
     w_hr: Tensor | None = None,
     coupled: bool = False,
     w_peephole: Tensor | None = None,
+    layer_norm: Sequence[Tensor | None] | None = None,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     recompute: bool = False,
@@ -201,6 +212,11 @@ def lstm_layer(
             ``c = sigmoid(f) * c + (1 - sigmoid(f)) * tanh(g)`` (Greff et al., "LSTM: a search space odyssey", 2017).
         w_peephole: (3*H,), the blocks ``w_i, w_f, w_o``, or None: i and f are added ``w_i * c`` and ``w_f * c``, o is
             added ``w_o * c`` of the new c (Gers et al., "Learning precise timing with LSTM recurrent networks", 2002).
+        layer_norm: ``gain_ih`` and ``gain_hh`` of (4*H,), ``gain_c`` and ``bias_c`` (or None) of (H,), or None:
+            ``gain * LN(product) + bias`` takes the place of each of the two products with its bias, where LN normalises
+            all blocks together, ``(a - mean(a)) / sqrt(var(a) + 1e-5)``, and
+            ``h = sigmoid(o) * tanh(gain_c * LN(c) + bias_c)`` (Ba, Kiros, Hinton, "Layer normalization", 2016). Where
+            `w_ih` is None the input holds the product without a bias.
         batch_sizes: (T,), or None.
         reverse: Run from the last step to the first.
         recompute: As of `rnn_layer`.
@@ -210,12 +226,18 @@ def lstm_layer(
         ``output`` (T, B, P) or packed (N, P), ``h_n`` (B, P), ``c_n`` (B, H); with `return_cells` also all c (T, B, H).
 
     Raises:
-        ValueError: Where both `coupled` and `w_peephole` are given.
+        ValueError: Where more than one of `coupled`, `w_peephole` and `layer_norm` is given.
     """
     if coupled and w_peephole is not None:
         raise ValueError("fastrnn::lstm_layer: expected coupled=False where w_peephole is given, got True")
     operator = _LSTM_COUPLED if coupled else _LSTM if w_peephole is None else _LSTM_PEEPHOLE
     arguments = (input, w_ih, w_hh, b_ih, b_hh, w_hr, w_peephole, h0, c0, batch_sizes, reverse)
+    if layer_norm is not None:
+        if coupled or w_peephole is not None:
+            got = "coupled=True" if coupled else "w_peephole"
+            raise ValueError(f"fastrnn::lstm_layer: expected neither where layer_norm is given, got {got}")
+        w_cell = _layer_norm_parameters("lstm_layer", w_hh, b_ih, b_hh, *layer_norm)
+        operator, arguments = _LSTM_NORM, (input, w_ih, w_hh, None, None, w_hr, w_cell, h0, c0, batch_sizes, reverse)
     results = operator(
         *arguments, controls=_control_arguments("lstm_layer", controls, CellStateControls), recompute=recompute
     )
@@ -260,6 +282,30 @@ def slstm_layer(
         *arguments, controls=_control_arguments("slstm_layer", controls, Controls), recompute=recompute
     )
     return output, h_n, c_n
+
+
+def _layer_norm_parameters(
+    op: str,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    gain_ih: Tensor | None,
+    gain_hh: Tensor | None,
+    *gain_and_bias_of_c: Tensor | None,
+) -> Tensor:
+    """The parameters of layer normalisation as one tensor, which is how the operators take them."""
+    named = {"gain_ih": gain_ih, "b_ih": b_ih, "gain_hh": gain_hh, "b_hh": b_hh}
+    named |= zip(("gain_c", "bias_c"), gain_and_bias_of_c, strict=False)
+    parts = []
+    for name, tensor in named.items():
+        shape = (w_hh.shape[0] // (4 if name.endswith("_c") else 1),)
+        if tensor is None and name.startswith("b"):
+            tensor = w_hh.new_zeros(shape)
+        if tensor is None or tensor.shape != shape:
+            got = "None" if tensor is None else list(tensor.shape)
+            raise RuntimeError(f"fastrnn::{op}: expected {name} of shape {list(shape)}, got {got}")
+        parts.append(tensor)
+    return torch.cat(parts)
 
 
 # The annotations of `Controls` and `CellStateControls` stand in the order of the schemas.
@@ -320,7 +366,7 @@ def _c_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor | None, 
 
 def _h_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor | None, ...]]:
     def fake(  # type: ignore[no-untyped-def]
-        input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse, save, lengths=None, reset=None, h_mask=None,
+        input, w_ih, w_hh, b_ih, b_hh, w_cell, h0, batch_sizes, reverse, save, lengths=None, reset=None, h_mask=None,
         zone_h=None, grad_clip=0.0,
     ):  # fmt: skip
         output, h_n = _states_fake(input, w_hh, (h0,), batch_sizes)
@@ -355,10 +401,10 @@ def _c_layer_backward_fake(  # type: ignore[no-untyped-def]
 
 
 def _h_layer_backward_fake(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, input, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes, reverse, output, saved_gates, h_in,
+    grad_output, grad_h_n, input, w_ih, w_hh, b_ih, b_hh, w_cell, h0, batch_sizes, reverse, output, saved_gates, h_in,
     need_input, need_weights, *controls,
 ):  # fmt: skip
-    return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh), (h0,), need_input, need_weights)
+    return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh, w_cell), (h0,), need_input, need_weights)
 
 
 # The operators.
@@ -372,12 +418,13 @@ def _h_operator(
     name: str, saved: int, gates: int, layer: Callable[..., tuple[Tensor, Tensor]], **cell: Any
 ) -> Operator:
     def definition(*arguments: Any) -> tuple[Tensor, ...]:
-        tensors, (batch_sizes, reverse, *controls) = arguments[:6], arguments[6:]
-        return layer(*tensors, **_options(Controls, batch_sizes, reverse, controls), **cell)
+        *tensors, w_cell, h0, batch_sizes, reverse = arguments[:9]
+        options = cell | _options(Controls, batch_sizes, reverse, arguments[9:])
+        return layer(*tensors, h0, **options, **({} if w_cell is None else {"w_cell": w_cell}))
 
     torch.library.register_fake(f"fastrnn::{name}", _h_layer_fake(saved, gates))
     torch.library.register_fake(f"fastrnn::{name}_backward", _h_layer_backward_fake)
-    return Operator(name, floats=6, states=1, results=2, definition=definition)
+    return Operator(name, floats=7, states=1, results=2, definition=definition)
 
 
 def _c_operator(name: str, saved: int, gates: int, definition: Callable[..., tuple[Tensor, ...]]) -> Operator:
@@ -386,11 +433,30 @@ def _c_operator(name: str, saved: int, gates: int, definition: Callable[..., tup
     return Operator(name, floats=9, states=2, results=4, definition=definition)
 
 
-def _lstm_definition(*arguments: Any, coupled: bool = False) -> tuple[Tensor, ...]:
+def _lstm_definition(*arguments: Any, coupled: bool = False, norm: bool = False) -> tuple[Tensor, ...]:
     input, w_ih, w_hh, b_ih, b_hh, w_hr, w_peephole, h0, c0, batch_sizes, reverse, *controls = arguments
     options = _options(CellStateControls, batch_sizes, reverse, controls)
+    if norm:
+        gates, hidden = w_hh.shape[0], c0.shape[1]
+        gain_ih, b_ih, gain_hh, b_hh, *of_c = w_peephole.split([gates] * 4 + [hidden] * 2)
+        options["layer_norm"], w_peephole = (gain_ih, gain_hh, *of_c), None
     floats = (input, w_ih, w_hh, b_ih, b_hh, h0, c0)
     return reference.lstm_layer(*floats, coupled=coupled, w_peephole=w_peephole, w_hr=w_hr, **options)
+
+
+def _gru_norm_definition(
+    input: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: None,
+    b_hh: None,
+    h0: Tensor,
+    *,
+    w_cell: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    gain_ih, bias_ih, gain_hh, bias_hh = w_cell.chunk(4)
+    return reference.gru_layer(input, w_ih, w_hh, bias_ih, bias_hh, h0, layer_norm=(gain_ih, gain_hh), **options)
 
 
 def _slstm_definition(*arguments: Any) -> tuple[Tensor, ...]:
@@ -405,8 +471,9 @@ _RNN = {
 }
 _GRU = _h_operator("gru_layer", 4, 3, reference.gru_layer)
 _GRU_BEFORE = _h_operator("gru_before_layer", 3, 3, reference.gru_layer, reset_after=False)
-_GRU_BEFORE_HAS_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("fastrnn::gru_before_layer", "CPU")
 _LSTM = _c_operator("lstm_layer", 4, 4, _lstm_definition)
 _LSTM_COUPLED = _c_operator("lstm_coupled_layer", 3, 3, partial(_lstm_definition, coupled=True))
 _LSTM_PEEPHOLE = _c_operator("lstm_peephole_layer", 4, 4, _lstm_definition)
+_LSTM_NORM = _c_operator("lstm_norm_layer", 12, 4, partial(_lstm_definition, norm=True))
+_GRU_NORM = _h_operator("gru_norm_layer", 10, 3, _gru_norm_definition)
 _SLSTM = _c_operator("slstm_layer", 5, 4, _slstm_definition)

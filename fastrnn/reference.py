@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm as normalise
 from torch.nn.functional import linear, logsigmoid
 
 # A cell takes the gates' share of the input (*, G*H), their share of the hidden state (*, G*H) and the states, each
 # (*, H). It returns the next states, h first.
 States = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, States], States]
+Norm = Callable[[Tensor], Tensor]
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "leaky_relu": torch.nn.functional.leaky_relu}
 
@@ -109,6 +111,45 @@ def slstm_cell(gx: Tensor, gh: Tensor, states: States) -> States:
     return torch.sigmoid(o) * c / n, c, n, m_next
 
 
+# How many gates are normalised together: i, f, g and o; r and z, n.
+LAYER_NORM_GROUPS = {"LSTM": (4,), "GRU": (2, 1)}
+
+
+def layer_norm_gates(products: Tensor, gain: Tensor, bias: Tensor | None, groups: Sequence[int]) -> Tensor:
+    """Computes gain LN(products) + bias (Ba, Kiros, Hinton, "Layer normalization", 2016).
+
+    Args:
+        products: (*, G*H), those of a weight with an input or a state.
+        gain: (G*H,)
+        bias: (G*H,), or None.
+        groups: How many gates are normalised together: numbers that add up to G.
+    """
+    width = products.shape[-1]
+    if len(groups) == 1:
+        return normalise(products, (width,), gain, bias)
+    parts = torch.split(products, [width // sum(groups) * gates for gates in groups], -1)
+    scaled = torch.cat([normalise(part, part.shape[-1:]) for part in parts], -1) * gain
+    return scaled if bias is None else scaled + bias
+
+
+def _itself(products: Tensor) -> Tensor:
+    return products
+
+
+def _norms(kind: str, gain_ih: Tensor, gain_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Norm, Norm]:
+    groups = LAYER_NORM_GROUPS[kind]
+    of_x = partial(layer_norm_gates, gain=gain_ih, bias=b_ih, groups=groups)
+    return of_x, partial(layer_norm_gates, gain=gain_hh, bias=b_hh, groups=groups)
+
+
+def layer_norm_lstm_cell(gx: Tensor, gh: Tensor, states: States, gain_c: Tensor, bias_c: Tensor | None) -> States:
+    """Computes c' = f c + i g; h' = o tanh(gain_c LN(c') + bias_c), with the gates of `lstm_gates`."""
+    _, c = states
+    i, f, g, o = lstm_gates(gx, gh)
+    c = f * c + i * g
+    return o * torch.tanh(normalise(c, c.shape[-1:], gain_c, bias_c)), c
+
+
 class _ClipGradient(torch.autograd.Function):
     """The identity, with a gradient clamped to [-most, most]."""
 
@@ -141,6 +182,7 @@ def _run(
     states: States,
     *,
     makes_products: bool = False,
+    norm: tuple[Norm, Norm] = (_itself, _itself),
     w_hr: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
@@ -153,13 +195,15 @@ def _run(
 ) -> tuple[Tensor, Tensor | None, States]:
     """Steps a cell through time. Returns h and c (if there is one) after every step, and the states after the last.
 
-    A cell that `makes_products` itself gets h in place of its share of the gates.
+    A cell that `makes_products` itself gets h in place of its share of the gates. `norm` is what happens to the
+    products of the input and of h.
     """
 
     def steps_of(rows: Tensor) -> Sequence[Tensor]:
         return rows.unbind() if batch_sizes is None else torch.split(rows, batch_sizes.tolist())
 
-    x_gates = steps_of(input if w_ih is None else linear(input, w_ih, b_ih))
+    of_x, of_h = norm
+    x_gates = steps_of(of_x(input if w_ih is None else linear(input, w_ih, b_ih)))
     resets = None if reset is None else steps_of(reset)
     zones = [None if z is None else [z] * len(x_gates) if z.dim() == 1 else steps_of(z) for z in (zone_h, zone_c)]
     outputs: list[Tensor] = []
@@ -174,7 +218,7 @@ def _run(
         if grad_clip > 0:
             active = tuple(_ClipGradient.apply(state, grad_clip) for state in active)  # type: ignore[no-untyped-call]
         h = active[0] if h_mask is None else active[0] * h_mask[: len(gx)]
-        new = list(cell(gx, h if makes_products else linear(h, w_hh, b_hh), active))
+        new = list(cell(gx, h if makes_products else of_h(linear(h, w_hh, b_hh)), active))
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
         for k, zone in enumerate(zones):
@@ -232,6 +276,7 @@ def gru_layer(
     h0: Tensor,
     *,
     reset_after: bool = True,
+    layer_norm: Sequence[Any] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Runs one direction of one GRU layer; see `lstm_layer` for the arguments.
@@ -244,6 +289,8 @@ def gru_layer(
         b_hh: (3*H,), or None.
         h0: (B, H).
         reset_after: Whether r multiplies after the product, `gru_cell`, or before it, `gru_before_cell`.
+        layer_norm: The gains of `layer_norm_gates`, ``gain_ih`` and ``gain_hh``, (3*H,), with the groups r and z, and
+            n. Or None.
         options: As of `lstm_layer`.
 
     Returns:
@@ -252,6 +299,10 @@ def gru_layer(
     cell: Cell = gru_cell
     if not reset_after:
         cell, options = partial(gru_before_cell, w_hh=w_hh, b_hh=b_hh), options | {"makes_products": True}
+    if layer_norm is not None:
+        gain_ih, gain_hh = layer_norm
+        options = options | {"norm": _norms("GRU", gain_ih, gain_hh, b_ih, b_hh)}
+        b_ih = b_hh = None
     output, _, (h_n,) = _run(cell, input, w_ih, w_hh, b_ih, b_hh, (h0,), **options)
     return output, h_n
 
@@ -267,6 +318,7 @@ def lstm_layer(
     *,
     coupled: bool = False,
     w_peephole: Tensor | None = None,
+    layer_norm: Sequence[Any] | None = None,
     return_cells: bool = False,
     **options: Any,
 ) -> tuple[Tensor, ...]:
@@ -282,6 +334,8 @@ def lstm_layer(
         c0: (B, H).
         coupled: Whether the cell is `coupled_lstm_cell`: G = 3.
         w_peephole: (3*H,): the cell is `peephole_lstm_cell`. Or None.
+        layer_norm: ``gain_ih`` and ``gain_hh``, (4*H,), of `layer_norm_gates`, all gates together, then ``gain_c`` and
+            ``bias_c`` (or None), (H,), of `layer_norm_lstm_cell`. Or None.
         return_cells: Whether to return c after every step.
         options: ``w_hr``, the projection (P, H); ``batch_sizes``, for packed input the number of sequences that reach
             each step, (T,), int64, not increasing; ``reverse``, to step from the last time to the first; and the
@@ -292,6 +346,11 @@ def lstm_layer(
     """
     cell: Cell = lstm_cell if w_peephole is None else partial(peephole_lstm_cell, w_peephole=w_peephole)
     cell = coupled_lstm_cell if coupled else cell
+    if layer_norm is not None:
+        gain_ih, gain_hh, gain_c, bias_c = layer_norm
+        cell = partial(layer_norm_lstm_cell, gain_c=gain_c, bias_c=bias_c)
+        options = options | {"norm": _norms("LSTM", gain_ih, gain_hh, b_ih, b_hh)}
+        b_ih = b_hh = None
     output, cells, (h_n, c_n) = _run(cell, input, w_ih, w_hh, b_ih, b_hh, (h0, c0), **options)
     if not return_cells:
         return output, h_n, c_n

@@ -109,6 +109,35 @@ class LayerStack(nn.RNNBase):
         if self.proj_size > 0 and self.options.zoneouts[0] > 0:
             raise ValueError("expected zoneout of h to be 0 with proj_size, got " + str(self.options.zoneouts[0]))
 
+    layer_norm: bool = False
+    _beyond: tuple[str, ...] = ("layer_norm",)  # attributes that torch.nn's modules have not
+
+    def extra_repr(self) -> str:
+        """The arguments as torch.nn shows them, and what goes beyond."""
+        beyond = {
+            name: getattr(self, name) for name in self._beyond if getattr(self, name) != getattr(type(self), name)
+        }
+        beyond |= {name: value for name, value in vars(self.options).items() if value != getattr(NO_OPTIONS, name)}
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in beyond.items())])
+
+    def _add_weights(self, sizes: dict[str, int], device: Device, dtype: torch.dtype | None) -> None:
+        """Registers further weights of each run, named by these beginnings, and draws all anew."""
+        for names in self._all_weights:
+            run = names[0].removeprefix("weight_ih")
+            for name, size in sizes.items():
+                self.register_parameter(name + run, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
+                names.append(name + run)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights as torch.nn does. Layer normalisation begins with gains of 1, and 0 for the bias of c."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.startswith(("gain_", "bias_c_")):
+                nn.init.constant_(parameter, name.startswith("gain_"))
+
     def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         """Runs one direction of one layer: the output, and the states after the last step."""
         raise NotImplementedError
@@ -296,9 +325,10 @@ class LayerStack(nn.RNNBase):
             controls = controls | {"reset": torch.cat([begins[1:], torch.zeros_like(begins[:1])])}
         return options.run(self._op, input, (w_ih, w_hh, b_ih, b_hh), states, **where, **named, **controls, **drawn)  # type: ignore[no-any-return]
 
-    def _further_weights(self, weights: list[Tensor]) -> dict[str, Tensor]:
+    def _further_weights(self, weights: list[Tensor]) -> dict[str, Any]:
         """The weights of a run after those of the gates, by the names of the operator."""
-        return {"w_hr": weights[0]} if self.proj_size > 0 else {}
+        named: dict[str, Any] = {"w_hr": weights.pop(0)} if self.proj_size > 0 else {}
+        return named | {"layer_norm": weights} if self.layer_norm else named
 
     def _zeros(self, input: Tensor, batch: int) -> States:
         """The initial states of one direction of one layer."""

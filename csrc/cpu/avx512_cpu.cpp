@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -28,6 +29,8 @@
 
 #include "tile.h"
 // tile.h comes first
+#include "norm.h"
+// then what the passes use
 #include "backward.h"
 #include "forward.h"
 #include "gradients.h"

@@ -13,18 +13,23 @@ class Backward {
   using T = typename AccOf<S>::type;
   using V = Vec<T>;
   using Cell = CellOf<V>;
+  using Plain = typename PlainOf<Cell>::type;
   using Panel = PanelShape<T, 1>;
 
   Backward(const SequenceBackward<S>& p, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
-        plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>})),
+        plan_(plan_cpu(
+            {p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>})),
         panels_(Panel::panels(p.H)) {}
 
   void run() {
     const ThreadPool& pool = plan_.threads > 1 ? pool_ : kOneThread;
     hh_ = Columns<S>(p_.w_hh, p_.P, Cell::kGates * p_.H, plan_.pack_recurrent, pool);
     if (p_.w_hr) hr_ = Columns<S>(p_.w_hr, p_.H, p_.P, plan_.pack_recurrent, pool);
+    if constexpr (kNormalises<Cell>) {
+      for (int i = 0; i < plan_.threads; ++i) rows_.emplace_back(p_.H, panels_);
+    }
     if (plan_.split == Split::units) {
       Team team(plan_.threads);
       in_parallel(pool, plan_.threads, [&](int64_t begin, int64_t end) {
@@ -37,8 +42,16 @@ class Backward {
     } else {
       const std::vector<int64_t> rows = split_rows(p_.steps, p_.B, plan_.threads);
       in_parallel(pool, plan_.threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) run_part({rows[i], rows[i + 1], 0, panels_}, [](int64_t) {});
+        for (int64_t i = begin; i < end; ++i) {
+          run_part({rows[i], rows[i + 1], 0, panels_, rows_.empty() ? nullptr : &rows_[i]}, [](int64_t) {});
+        }
       });
+    }
+    if constexpr (kNormalises<Cell>) {
+      std::fill_n(p_.d_w_cell, Cell::kParameters * p_.H, T(0));
+      for (const Row& row : rows_) {
+        for (int64_t j = 0; j < Cell::kParameters * p_.H; ++j) p_.d_w_cell[j] += row.d_w[j];
+      }
     }
   }
 
@@ -46,9 +59,30 @@ class Backward {
   static constexpr int kRows = kTileRows<Panel::kVectors>;
   using Tile = T[kRows * Panel::kColumns];
 
+  // Of a cell that normalises, for the thread that runs a row of the batch: what its panels share.
+  struct Row {
+    Buffer<T> memory;
+    T* d_h;      // [tile rows, panels*kBlock]  then d_o
+    T* d_gates;  // [2, G*H]  gradients of the normalised products, of x and of h
+    T* c;        // [H]  c as the cell made it
+    T* d_c;      // [panels*kBlock]  the way through h; before that, gradient of the normalised c
+    T* d_w;      // [kParameters*H]  sums
+
+    Row(int64_t H, int64_t panels)
+        : memory((kRows + 1) * panels * Panel::kBlock + (2 * Cell::kGates + 1 + Cell::kParameters) * H) {
+      d_h = memory.get();
+      d_c = d_h + kRows * panels * Panel::kBlock;
+      d_gates = d_c + panels * Panel::kBlock;
+      c = d_gates + 2 * Cell::kGates * H;
+      d_w = c + H;
+      std::fill_n(d_w, Cell::kParameters * H, T(0));
+    }
+  };
+
   // What one thread does: rows of the batch and panels of the hidden units.
   struct Part {
     int64_t row_begin, row_end, panel_begin, panel_end;
+    Row* row = nullptr;
   };
 
   template <typename Barrier>
@@ -68,27 +102,44 @@ class Backward {
       if (p_.w_hr) {
         for (int64_t panel = 0; panel < Panel::panels(p_.P); ++panel) project(panel, s, part.row_begin, going_on, end);
       }
-      for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
-        const auto tiles = [&](int64_t row_begin, int64_t row_end, bool following) {
-          for_each_tile(row_begin, row_end, kRows, [&](int64_t b, int count) {
+      const auto hidden_gradient = [&](int64_t panel, int64_t b, int count, bool following, T* d_h) {
+        if (p_.w_hr) {
+          hr_.times(panel, p_.d_projected, first_row + b, count, d_h);
+        } else {
+          output_gradient(panel, s, b, count, following, d_h);
+        }
+      };
+      const auto for_tiles = [&](const auto& f) {
+        for_each_tile(part.row_begin, going_on, kRows, [&](int64_t b, int count) { f(b, count, true); });
+        for_each_tile(going_on, end, kRows, [&](int64_t b, int count) { f(b, count, false); });
+      };
+      if constexpr (kNormalises<Cell>) {
+        const int64_t width = panels_ * Panel::kBlock;
+        for_tiles([&](int64_t b, int count, bool following) {
+          for (int64_t panel = 0; panel < panels_; ++panel) {
+            alignas(64) Tile d_h;
+            hidden_gradient(panel, b, count, following, d_h);
+            for (int r = 0; r < count; ++r) {
+              std::copy_n(d_h + r * Panel::kColumns, Panel::kBlock, part.row->d_h + r * width + panel * Panel::kBlock);
+            }
+          }
+          for (int r = 0; r < count; ++r) update_row(s, b + r, part.row->d_h + r * width, *part.row);
+        });
+      } else {
+        for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
+          for_tiles([&](int64_t b, int count, bool following) {
             alignas(64) Tile d_h;
             if (!kResetsBefore<Cell>) prefetch_rows(panel, s, b, count);
-            if (p_.w_hr) {
-              hr_.times(panel, p_.d_projected, first_row + b, count, d_h);
-            } else {
-              output_gradient(panel, s, b, count, following, d_h);
-            }
+            hidden_gradient(panel, b, count, following, d_h);
             for (int r = 0; r < count; ++r) {
               if constexpr (kResetsBefore<Cell>) {
                 reset_gate(panel, s, b + r, d_h + r * Panel::kColumns);
               } else {
-                update(panel, s, b + r, d_h + r * Panel::kColumns);
+                update(panel, s, b + r, d_h + r * Panel::kColumns, nullptr);
               }
             }
           });
-        };
-        tiles(part.row_begin, going_on, true);
-        tiles(going_on, end, false);
+        }
       }
       barrier(p_.steps.T - s);
       // Rows that start here: their way through W_hh ends in h0.
@@ -232,23 +283,21 @@ class Backward {
     return fastrnn::h_before(p_.steps, p_.controls.reset, p_.h0, p_.output, p_.P, s, b);
   }
 
-  // The cell, for one position and the units of one panel.
-  void update(int64_t panel, int64_t s, int64_t b, const T* d_h) const {
+  // The cell, for one position and the units of one panel. row: of a cell that normalises.
+  void update(int64_t panel, int64_t s, int64_t b, const T* d_h, const Row* whole) const {
     const Controls<S>& controls = p_.controls;
     const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), state = p_.steps.state(b);
     const bool reset = controls.reset && controls.reset[place];
-    const bool first = b >= p_.steps.count(s - 1);  // the position's first step
     const S* const h_prev = h_before(s, b);
-    const T* c_before = first ? p_.c0 + state * p_.H : p_.saved_c + p_.steps.row(s - 1, b) * p_.H;
-    const int64_t c_before_stride = (first ? p_.B : p_.N) * p_.H;
+    const auto [c_before, c_before_stride] = states_before(s, b);
     const int64_t j0 = panel * Panel::kBlock;
     for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
-      Values<V, Cell::kSaved> saved;
-      for (int k = 0; k < Cell::kSaved; ++k) {
+      Values<V, Plain::kSaved> saved;
+      for (int k = 0; k < Plain::kSaved; ++k) {
         saved[k] = load(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, lanes);
       }
-      Values<V, Cell::kParameters> w;
-      for (int k = 0; k < Cell::kParameters; ++k) w[k] = load(p_.w_cell + k * p_.H + j, lanes);
+      Values<V, Plain::kParameters> w;
+      for (int k = 0; k < Plain::kParameters; ++k) w[k] = load(p_.w_cell + k * p_.H + j, lanes);
       Values<V, Cell::kStates> prev, next, d_next, d_prev;
       prev[0] = p_.w_hr || reset ? V{} : load(h_prev + j, lanes);
       next[0] = p_.w_hr ? V{} : load(p_.output + place * p_.P + j, lanes);
@@ -259,26 +308,92 @@ class Backward {
         d_next[k] = load(p_.d_c0 + ((k - 1) * p_.B + state) * p_.H + j, lanes);
       }
       if (Cell::kStates > 1 && p_.d_cells) d_next[1] += load(p_.d_cells + place * p_.H + j, lanes);
-      ZoneBackward<Cell, V> zone{};
-      for (int k = 0; k < std::min(Cell::kStates, kZonedStates); ++k) {
+      ZoneBackward<Plain, V> zone{};
+      for (int k = kNormalisesC<Cell>; k < std::min(Cell::kStates, kZonedStates); ++k) {
         if (!controls.zone[k]) continue;
         zone.before_cell(k, zone_share(controls, k, place * p_.H + j, lanes), saved, prev, next, d_next);
       }
+      if constexpr (kNormalisesC<Cell>) d_next[1] += load(whole->d_c + j);
       Values<V, Cell::kGates> d_gx, d_gh;
-      Cell::backward(w, saved, prev, next, d_next, d_prev, d_gx, d_gh);
+      Plain::backward(w, saved, prev, next, d_next, d_prev, d_gx, d_gh);
       for (int k = 0; k < std::min(Cell::kStates, kZonedStates); ++k) {
         if (controls.zone[k]) d_prev[k] += zone.kept[k];
       }
       for (int g = 0; g < Cell::kGates; ++g) {
+        if constexpr (kNormalises<Cell>) {
+          store(whole->d_gates + g * p_.H + j, d_gx[g], lanes);
+          store(whole->d_gates + (Cell::kGates + g) * p_.H + j, d_gh[g], lanes);
+          continue;
+        }
         const int64_t at = (row * Cell::kGates + g) * p_.H + j;
         store(p_.d_x_gates + at, d_gx[g], lanes);
         if constexpr (Cell::kGateGradsDiffer) store(p_.d_h_gates + at, d_gh[g], lanes);
       }
-      if (!p_.w_hr) store(p_.d_h0 + state * p_.P + j, d_prev[0], lanes);
+      if (!p_.w_hr && !kNormalisesC<Cell>) store(p_.d_h0 + state * p_.P + j, d_prev[0], lanes);
       for (int k = 1; k < Cell::kStates; ++k) {
         store(p_.d_c0 + ((k - 1) * p_.B + state) * p_.H + j, reset ? V{} : clipped(d_prev[k]), lanes);
       }
     });
+  }
+
+  // The states beside h before the s-th step of position b, and the distance between them.
+  std::pair<const T*, int64_t> states_before(int64_t s, int64_t b) const {
+    if (b >= p_.steps.count(s - 1)) return {p_.c0 + p_.steps.state(b) * p_.H, p_.B * p_.H};  // the first step
+    return {p_.saved_c + p_.steps.row(s - 1, b) * p_.H, p_.N * p_.H};
+  }
+
+  // Of a cell that normalises: a position's whole step. d_h [panels*kBlock] is used up.
+  void update_row(int64_t s, int64_t b, T* d_h, const Row& whole) const {
+    const int64_t H = p_.H, row = p_.steps.row(s, b);
+    const int64_t gates = Cell::kGates * H;
+    if constexpr (kNormalisesC<Cell>) {
+      const T *const c = make_c(s, b, whole.c), *const gain_c = p_.w_cell + 4 * gates;
+      const S* const o = p_.saved_gates + (row * Cell::kSaved + 3) * H;
+      T* const carried = p_.w_hr ? nullptr : p_.d_h0 + p_.steps.state(b) * p_.P;
+      normalise(c, gain_c, gain_c + H, H, [&](int64_t j, V y, auto lanes) FASTRNN_INLINE {
+        V d = load(d_h + j), kept{}, d_o, d_y;
+        if (p_.controls.zone[0]) {
+          const V share = zone_share(p_.controls, 0, p_.steps.place(s, b) * H + j, lanes);
+          kept = share * d;
+          d = (1.0f - share) * d;
+        }
+        norm_output_gradient(load(o + j, lanes), y, d, d_o, d_y);
+        store(d_h + j, d_o);
+        store(whole.d_c + j, d_y);
+        if (carried) store(carried + j, kept, lanes);
+      });
+      T* const d_gain_c = whole.d_w + 4 * gates;
+      normalise_backward(c, gain_c, whole.d_c, H, d_gain_c, d_gain_c + H,
+                         [&](int64_t j, V d_c, auto) FASTRNN_INLINE { store(whole.d_c + j, d_c); });
+    }
+    for (int64_t panel = 0; panel < panels_; ++panel) update(panel, s, b, d_h + panel * Panel::kBlock, &whole);
+    const S* products = p_.saved_gates + (row * Cell::kSaved + Plain::kSaved) * H;
+    const T *gain = p_.w_cell, *d = whole.d_gates;
+    T* d_gain = whole.d_w;
+    for (S* const d_products : {p_.d_x_gates + row * gates, p_.d_h_gates + row * gates}) {
+      for (int k = 0; k < Cell::kGroups; ++k) {
+        const int64_t first = Cell::group_begin(k) * H, count = Cell::group_begin(k + 1) * H - first;
+        normalise_backward(products + first, gain + first, d + first, count, d_gain + first, d_gain + gates + first,
+                           [&](int64_t j, V d_a, auto lanes)
+                               FASTRNN_INLINE { store(d_products + first + j, d_a, lanes); });
+      }
+      products += gates, gain += 2 * gates, d += gates, d_gain += 2 * gates;
+    }
+  }
+
+  // c as the cell made it at the s-th step of position b: what was saved or, where zoneout kept some of c, restored.
+  const T* make_c(int64_t s, int64_t b, T* c) const {
+    const int64_t row = p_.steps.row(s, b), H = p_.H;
+    if (!p_.controls.zone[1]) return p_.saved_c + row * H;
+    const bool reset = p_.controls.reset && p_.controls.reset[p_.steps.place(s, b)];
+    const T* const before = states_before(s, b).first;
+    for_each_vector<T>(0, H, H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+      Values<V, Plain::kSaved> saved;
+      for (int k = 0; k < Plain::kSaved; ++k) saved[k] = load(p_.saved_gates + (row * Cell::kSaved + k) * H + j, lanes);
+      const Values<V, Cell::kStates> prev = {V{}, reset ? V{} : load(before + j, lanes)};
+      store(c + j, Plain::restore_c(saved, prev), lanes);
+    });
+    return c;
   }
 
   // to [B, width] = from, or zero: the part's rows, and the columns of its panels.
@@ -299,8 +414,9 @@ class Backward {
   const ThreadPool& pool_;
   const CpuPlan plan_;
   const int64_t panels_;
-  Columns<S> hh_;  // [G*H, P]
-  Columns<S> hr_;  // [P, H]
+  Columns<S> hh_;          // [G*H, P]
+  Columns<S> hr_;          // [P, H]
+  std::vector<Row> rows_;  // one for each thread
 };
 
 }  // namespace fastrnn::FASTRNN_ISA

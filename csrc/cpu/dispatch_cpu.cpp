@@ -66,7 +66,7 @@ void weight_gradient_cpu(const WeightGradient<scalar_t>& p, const ThreadPool& po
   FASTRNN_INSTANTIATE_CELL(Cell, float)  \
   FASTRNN_INSTANTIATE_CELL(Cell, double) \
   FASTRNN_INSTANTIATE_CELL(Cell, Bf16)
-FASTRNN_FOR_EACH_CPU_CELL(FASTRNN_INSTANTIATE)
+FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE)
 #undef FASTRNN_INSTANTIATE
 #undef FASTRNN_INSTANTIATE_CELL
 #define FASTRNN_INSTANTIATE(scalar_t)                                                  \

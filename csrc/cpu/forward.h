@@ -17,13 +17,15 @@ class Forward {
   using T = typename AccOf<S>::type;
   using V = Vec<T>;
   using Cell = CellOf<V>;
+  using Plain = typename PlainOf<Cell>::type;
   using Gates = PanelShape<T, Cell::kGates>;
   using Projection = PanelShape<T, 1>;
 
   Forward(const SequenceForward<S>& p, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
-        plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>})),
+        plan_(plan_cpu(
+            {p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>})),
         panels_(Gates::panels(p.H)),
         packs_own_panels_(plan_.split == Split::units || plan_.threads == 1) {}
 
@@ -31,6 +33,7 @@ class Forward {
     prepare();
     if (p_.w_hr) m_ = Buffer<S>(p_.B * p_.H);
     if (kResetsBefore<Cell>) z_ = Buffer<T>(p_.B * p_.H);
+    if (kNormalises<Cell>) products_ = Buffer<T>(p_.B * 2 * Cell::kGates * p_.H);
     if (p_.controls.reset) {
       zeros_ = Buffer<S>(p_.P);
       std::fill_n(zeros_.get(), p_.P, S{});
@@ -110,6 +113,9 @@ class Forward {
       // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
       for (int64_t i = 0; i < panel_end - panel_begin; ++i) {
         step(lane, s, s % 2 == 0 ? panel_begin + i : panel_end - 1 - i, in_chunk, chunk);
+      }
+      if constexpr (kNormalises<Cell>) {
+        for (int64_t b = lane.begin; b < lane.begin + count; ++b) finish_row(s, b);
       }
       if (p_.w_hr) project(s, lane.begin, lane.begin + count);
       done += count;
@@ -255,55 +261,61 @@ class Forward {
       times<Gates>(p_.w_hh, p_.b_hh, packed, bias_hh_, p_.H, p_.P, panel, count, product_rows, h_gates);
       for (int r = 0; r < count; ++r) {
         const int64_t row = chunk_row + r;
-        const T* h_gates_row = h_gates + r * Gates::kColumns;
+        T* h_gates_row = h_gates + r * Gates::kColumns;
         if (kResetsBefore<Cell>) h_rows[r] = product_rows[r];
+        const auto take = [&](const auto* x_gates, int64_t x_stride) {
+          if constexpr (kNormalises<Cell>) {
+            keep_products(panel, b + r, x_gates, x_stride, h_gates_row);
+          } else {
+            update(panel, s, b + r, x_gates, x_stride, h_gates_row, Gates::kBlock, h_rows[r]);
+          }
+        };
         if (p_.w_ih) {
-          const T* x_gates = chunk.x_gates + (panel * chunk.rows + row) * Gates::kColumns;
-          update(panel, s, b + r, x_gates, Gates::kBlock, h_gates_row, h_rows[r]);
+          take(chunk.x_gates + (panel * chunk.rows + row) * Gates::kColumns, Gates::kBlock);
         } else {
-          const S* x_gates = chunk.input[row] + panel * Gates::kBlock;
-          update(panel, s, b + r, x_gates, p_.H, h_gates_row, h_rows[r]);
+          take(chunk.input[row] + panel * Gates::kBlock, p_.H);
         }
       }
     });
   }
 
-  // The cell, for one position and the units of one panel. x_stride lies between gates.
+  // The cell, for one position and the units of one panel. The strides lie between gates. Where the cell normalises c,
+  // what it made takes the places of its first two gates, for output_row.
   template <typename X>
-  void update(int64_t panel, int64_t s, int64_t b, const X* x_gates, int64_t x_stride, const T* h_gates,
+  void update(int64_t panel, int64_t s, int64_t b, const X* x_gates, int64_t x_stride, T* h_gates, int64_t h_stride,
               const S* h_prev) const {
     const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), state = p_.steps.state(b);
     const bool reset = p_.controls.reset && p_.controls.reset[place];
-    const bool goes_on = b < p_.steps.count(s + 1);
-    S* h_next = p_.w_hr ? m_.get() + b * p_.H : p_.output + place * p_.P;
     const int64_t j0 = panel * Gates::kBlock;
     for_each_vector<T>(j0, j0 + Gates::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kGates> gx, gh;
       for (int g = 0; g < Cell::kGates; ++g) {
         gx[g] = load(x_gates + g * x_stride + j - j0, lanes);
-        gh[g] = load(h_gates + g * Gates::kBlock + j - j0);
+        gh[g] = load(h_gates + g * h_stride + j - j0, lanes);
       }
-      Values<V, Cell::kParameters> w;
-      for (int k = 0; k < Cell::kParameters; ++k) w[k] = load(p_.w_cell + k * p_.H + j, lanes);
+      Values<V, Plain::kParameters> w;
+      for (int k = 0; k < Plain::kParameters; ++k) w[k] = load(p_.w_cell + k * p_.H + j, lanes);
       Values<V, Cell::kStates> prev, next;
-      Values<V, Cell::kSaved> saved;
+      Values<V, Plain::kSaved> saved;
       // With a projection h has another width than the cell; only the LSTM has one, and it reads h through W_hh alone.
       prev[0] = p_.w_hr && !kResetsBefore<Cell> ? V{} : load(h_prev + j, lanes);
       for (int k = 1; k < Cell::kStates; ++k) {
         prev[k] = reset ? V{} : load(p_.c_n + ((k - 1) * p_.B + state) * p_.H + j, lanes);
       }
-      Cell::forward(gx, gh, w, prev, next, saved);
-      for (int k = 0; k < std::min(Cell::kStates, kZonedStates); ++k) {
-        if (kResetsBefore<Cell> || !p_.controls.zone[k]) continue;
-        next[k] = zoned(zone_share(p_.controls, k, place * p_.H + j, lanes), prev[k], next[k]);
+      Plain::forward(gx, gh, w, prev, next, saved);
+      if constexpr (kNormalisesC<Cell>) {
+        for (int k = 0; k < Cell::kStates; ++k) store(h_gates + k * h_stride + j - j0, next[k], lanes);
+      } else {
+        keep_h(s, b, j, prev[0], next[0], lanes);
       }
-      store(h_next + j, next[0], lanes);
       if constexpr (kResetsBefore<Cell>) store(z_.get() + b * p_.H + j, saved[1], lanes);
-      if (p_.h_in && goes_on && !p_.w_hr) store_h_in(s + 1, b, j, next[0], lanes);
       if (p_.saved_gates) {
-        for (int k = 0; k < Cell::kSaved; ++k) {
+        for (int k = 0; k < Plain::kSaved; ++k) {
           store(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, saved[k], lanes);
         }
+      }
+      if (Cell::kStates == kZonedStates && p_.controls.zone[1]) {
+        next[1] = zoned(zone_share(p_.controls, 1, place * p_.H + j, lanes), prev[1], next[1]);
       }
       for (int k = 1; k < Cell::kStates; ++k) {
         store(p_.c_n + ((k - 1) * p_.B + state) * p_.H + j, next[k], lanes);
@@ -312,8 +324,68 @@ class Forward {
       if constexpr (Cell::kStates > 1) {
         if (p_.cells) store(p_.cells + place * p_.H + j, next[1], lanes);
       }
-      if (p_.saved_m) store(p_.saved_m + row * p_.H + j, next[0], lanes);
     });
+  }
+
+  // h after the s-th step of position b, as the cell made it: to where the next step, a projection or a second product
+  // read it.
+  template <typename Lanes>
+  FASTRNN_HD void keep_h(int64_t s, int64_t b, int64_t j, V before, V h, Lanes lanes) const {
+    const int64_t place = p_.steps.place(s, b);
+    if (p_.w_hr) {
+      store(m_.get() + b * p_.H + j, h, lanes);
+      if (p_.saved_m) store(p_.saved_m + p_.steps.row(s, b) * p_.H + j, h, lanes);
+      return;
+    }
+    if (p_.controls.zone[0]) h = zoned(zone_share(p_.controls, 0, place * p_.H + j, lanes), before, h);
+    store(p_.output + place * p_.P + j, h, lanes);
+    if (p_.h_in && b < p_.steps.count(s + 1)) store_h_in(s + 1, b, j, h, lanes);
+  }
+
+  // Of a cell that normalises: position b's products of a panel.
+  template <typename X>
+  void keep_products(int64_t panel, int64_t b, const X* x_gates, int64_t x_stride, const T* h_gates) const {
+    const int64_t j0 = panel * Gates::kBlock;
+    T* const of_x = products_.get() + b * 2 * Cell::kGates * p_.H;
+    for_each_vector<T>(j0, j0 + Gates::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+      for (int g = 0; g < Cell::kGates; ++g) {
+        store(of_x + g * p_.H + j, load(x_gates + g * x_stride + j - j0, lanes), lanes);
+        store(of_x + (Cell::kGates + g) * p_.H + j, load(h_gates + g * Gates::kBlock + j - j0), lanes);
+      }
+    });
+  }
+
+  // The rest of a step whose products are complete.
+  void finish_row(int64_t s, int64_t b) const {
+    const int64_t H = p_.H, all = 2 * Cell::kGates * H;
+    T *const x_gates = products_.get() + b * all, *const h_gates = x_gates + all / 2;
+    if (p_.saved_gates) {
+      S* const saved = p_.saved_gates + (p_.steps.row(s, b) * Cell::kSaved + Plain::kSaved) * H;
+      for_each_vector<T>(0, all, all, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+        store(saved + j, load(x_gates + j, lanes), lanes);
+      });
+    }
+    const T* gain = p_.w_cell;
+    for (T* const gates : {x_gates, h_gates}) {
+      for (int k = 0; k < Cell::kGroups; ++k) {
+        const int64_t first = Cell::group_begin(k) * H, count = Cell::group_begin(k + 1) * H - first;
+        normalise(gates + first, gain + first, gain + all / 2 + first, count,
+                  [&](int64_t j, V y, auto lanes) FASTRNN_INLINE { store(gates + first + j, y, lanes); });
+      }
+      gain += all;
+    }
+    const S* const h_prev = h_before(s, b);
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const int64_t j0 = panel * Gates::kBlock;
+      update(panel, s, b, x_gates + j0, H, h_gates + j0, H, h_prev);
+    }
+    if constexpr (kNormalisesC<Cell>) {
+      const T *o = h_gates, *c = o + H, *gain_c = gain;
+      normalise(c, gain_c, gain_c + H, H, [&](int64_t j, V y, auto lanes) FASTRNN_INLINE {
+        const V before = p_.controls.zone[0] ? load(h_prev + j, lanes) : V{};
+        keep_h(s, b, j, before, norm_output(load(o + j, lanes), y), lanes);
+      });
+    }
   }
 
   void project(int64_t s, int64_t begin, int64_t end) const {
@@ -365,6 +437,7 @@ class Forward {
   Buffer<T> bias_hh_;            // [panels, G*kBlock]
   Buffer<S> m_;                  // [B, H]  h before the projection, or r h
   Buffer<T> z_;                  // [B, H]  of a cell that resets before
+  Buffer<T> products_;           // [B, 2, G, H]  of a cell that normalises: W_ih x and W_hh h
   Buffer<S> zeros_;              // [P]  h after a reset
   std::vector<Lane> lanes_;
 };

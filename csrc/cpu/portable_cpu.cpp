@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The CPU kernels for any processor: 16-byte vectors, which every compiler lowers to what the target has.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -20,6 +21,8 @@
 
 #include "tile.h"
 // tile.h comes first
+#include "norm.h"
+// then what the passes use
 #include "backward.h"
 #include "forward.h"
 #include "gradients.h"

@@ -21,8 +21,7 @@
 #include <algorithm>
 
 #include "../kernels.h"
-#include "device.cuh"
-#include "vec.cuh"
+#include "gates.cuh"
 
 namespace fastrnn {
 namespace {
@@ -51,33 +50,6 @@ struct Tiling {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels
-
-template <typename scalar_t>
-__device__ __forceinline__ bool lives(const StepControls<scalar_t>& c, int64_t row) {
-  return !c.lengths || c.t < c.lengths[row];
-}
-template <typename scalar_t>
-__device__ __forceinline__ bool is_reset(const StepControls<scalar_t>& c, int64_t row) {
-  return c.reset && c.reset[row];
-}
-// The share of state k that zoneout keeps; at: the first unit's place in [B, H].
-template <int N, typename acc_t, typename scalar_t>
-__device__ __forceinline__ void zone_share(const StepControls<scalar_t>& c, int k, int64_t at, acc_t (&share)[N]) {
-  if (c.zone_is_one_value[k]) {
-    for (int i = 0; i < N; ++i) share[i] = to_acc<acc_t>(c.zone[k][0]);
-  } else {
-    load(share, c.zone[k] + at);
-  }
-}
-template <class C>
-constexpr int kZones = C::kStates < kZonedStates ? C::kStates : kZonedStates;
-
-template <typename acc_t>
-__device__ __forceinline__ acc_t clipped(acc_t gradient, double most) {
-  if (most == 0) return gradient;
-  gradient = gradient > most ? static_cast<acc_t>(most) : gradient;
-  return gradient < -most ? static_cast<acc_t>(-most) : gradient;
-}
 
 template <template <typename> class Cell, typename scalar_t, typename acc_t, int N, bool kControlled>
 __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForward<scalar_t, acc_t> p) {
@@ -315,6 +287,92 @@ __device__ __forceinline__ void update_h(const TakeProjected<scalar_t, acc_t>& p
   if (living) p.d_h[at] = 0;
 }
 
+// The steps of a cell that resets before, of one unit each.
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ void update_h(const ResetForward<scalar_t, acc_t>& p, int64_t row, int64_t at) {
+  using C = GruBeforeCell<acc_t>;
+  const int64_t unit = at - row * p.H, gates = 3 * row * p.H + unit;
+  Values<acc_t, C::kGates> gx, gh;
+#pragma unroll
+  for (int g = 0; g < C::kGates; ++g) {
+    gx[g] = to_acc<acc_t>(p.x_gates[gates + g * p.H]);
+    gh[g] = to_acc<acc_t>(p.h_gates[(row * C::kGates + g) * p.H + unit]);
+  }
+  const Values<acc_t, C::kParameters> none{};
+  const Values<acc_t, C::kStates> prev = {to_acc<acc_t>(p.h_in[at])};
+  Values<acc_t, C::kStates> next{};
+  Values<acc_t, C::kSaved> saved{};  // zero where the row is dead: the product again, of all rows, is to have no NaN
+  if (lives(p.controls, row)) C::forward(gx, gh, none, prev, next, saved);
+  p.z[at] = saved[1];
+  p.m[at] = from_acc<scalar_t>(next[0]);
+  if (!p.saved_gates) return;
+  p.saved_gates[gates] = from_acc<scalar_t>(saved[0]);
+  p.saved_gates[gates + p.H] = from_acc<scalar_t>(saved[1]);
+}
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ void update_h(const ResetFinish<scalar_t, acc_t>& p, int64_t row, int64_t at) {
+  const int64_t n_gate = (3 * row + 2) * p.H + at - row * p.H;
+  if (!lives(p.controls, row)) {
+    p.h_next[at] = from_acc<scalar_t>(acc_t(0));
+    return;
+  }
+  const acc_t before = is_reset(p.controls, row) ? acc_t(0) : to_acc<acc_t>(p.h_prev[at]);
+  const acc_t gates_n = to_acc<acc_t>(p.x_gates[n_gate]) + to_acc<acc_t>(p.product[at]);
+  acc_t n, share[1];
+  acc_t h = GruBeforeCell<acc_t>::finish(gates_n, p.z[at], before, n);
+  if (p.controls.zone[0]) {
+    zone_share(p.controls, 0, at, share);
+    h = zoned(share[0], before, h);
+  }
+  if (p.saved_gates) p.saved_gates[n_gate] = from_acc<scalar_t>(n);
+  p.h_next[at] = p.h_state[at] = from_acc<scalar_t>(h);
+}
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ void update_h(const ResetFinishBackward<scalar_t, acc_t>& p, int64_t row, int64_t at) {
+  using C = GruBeforeCell<acc_t>;
+  const int64_t unit = at - row * p.H, gates = 3 * row * p.H + unit;
+  acc_t d_gates_z = 0, d_gates_n = 0;
+  if (lives(p.controls, row)) {
+    Values<acc_t, C::kSaved> saved;
+#pragma unroll
+    for (int k = 0; k < C::kSaved; ++k) saved[k] = to_acc<acc_t>(p.saved_gates[gates + k * p.H]);
+    acc_t d_next = p.d_h[at], d_prev, kept = 0, share[1];
+    if (p.d_output) d_next += to_acc<acc_t>(p.d_output[at]);
+    if (p.controls.zone[0]) {
+      zone_share(p.controls, 0, at, share);
+      kept = share[0] * d_next;
+      d_next = (1 - share[0]) * d_next;
+    }
+    const acc_t before = is_reset(p.controls, row) ? acc_t(0) : to_acc<acc_t>(p.h_prev[at]);
+    C::finish_backward(saved, before, d_next, d_prev, d_gates_z, d_gates_n);
+    p.d_h[at] = d_prev + kept;
+  }
+  p.d_projected[at] = p.d_x_gates[gates + 2 * p.H] = from_acc<scalar_t>(d_gates_n);
+  p.d_h_gates[(2 * row + 1) * p.H + unit] = p.d_x_gates[gates + p.H] = from_acc<scalar_t>(d_gates_z);
+}
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ void update_h(const ResetBackward<scalar_t, acc_t>& p, int64_t row, int64_t at) {
+  using C = GruBeforeCell<acc_t>;
+  const int64_t unit = at - row * p.H, gates = 3 * row * p.H + unit;
+  acc_t d_gates_r = 0;
+  if (lives(p.controls, row)) {
+    const acc_t mask = p.h_mask ? to_acc<acc_t>(p.h_mask[at]) : acc_t(1);
+    const acc_t before = is_reset(p.controls, row) ? acc_t(0) : to_acc<acc_t>(p.h_prev[at]);
+    const Values<acc_t, C::kSaved> saved = {to_acc<acc_t>(p.saved_gates[gates])};
+    const Values<acc_t, C::kStates> prev = {before * mask}, d_next = {to_acc<acc_t>(p.d_m[at])};
+    Values<acc_t, C::kStates> d_prev;
+    C::backward(saved, prev, d_next, d_prev, d_gates_r);
+    p.d_h[at] += d_prev[0] * mask;
+  }
+  p.d_h_gates[2 * row * p.H + unit] = p.d_x_gates[gates] = from_acc<scalar_t>(d_gates_r);
+}
+template <typename scalar_t>
+__device__ __forceinline__ void update_h(const ResetProduct<scalar_t>& p, int64_t row, int64_t at) {
+  using acc_t = AccOfStorage<scalar_t>;
+  const acc_t r = to_acc<acc_t>(p.saved_gates[2 * row * p.H + at]);
+  p.m[at] = from_acc<scalar_t>(r * to_acc<acc_t>(p.h_in[at]));
+}
+
 template <class Update>
 __global__ void __launch_bounds__(kThreads) update_h_kernel(int64_t rows, int64_t width, const Update update) {
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
@@ -386,13 +444,20 @@ const char* cuda_status_string(CudaStatus status) { return status_string(static_
   FASTRNN_INSTANTIATE(Cell, double, double)  \
   FASTRNN_INSTANTIATE(Cell, __half, float)   \
   FASTRNN_INSTANTIATE(Cell, __nv_bfloat16, float)
-FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE_CELL)
+FASTRNN_FOR_EACH_UNIT_CELL(FASTRNN_INSTANTIATE_CELL)
 
-#define FASTRNN_INSTANTIATE_UPDATES(scalar_t, acc_t)                                                      \
-  template CudaStatus launch_update_h(int64_t, int64_t, const ProductInput<scalar_t>&, CudaStream);       \
-  template CudaStatus launch_update_h(int64_t, int64_t, const KeepLiving<scalar_t>&, CudaStream);         \
-  template CudaStatus launch_update_h(int64_t, int64_t, const ThroughStep<scalar_t, acc_t>&, CudaStream); \
-  template CudaStatus launch_update_h(int64_t, int64_t, const TakeProjected<scalar_t, acc_t>&, CudaStream);
+#define FASTRNN_INSTANTIATE_UPDATE(...) \
+  template CudaStatus launch_update_h(int64_t, int64_t, const __VA_ARGS__&, CudaStream);
+#define FASTRNN_INSTANTIATE_UPDATES(scalar_t, acc_t)               \
+  FASTRNN_INSTANTIATE_UPDATE(ProductInput<scalar_t>)               \
+  FASTRNN_INSTANTIATE_UPDATE(KeepLiving<scalar_t>)                 \
+  FASTRNN_INSTANTIATE_UPDATE(ThroughStep<scalar_t, acc_t>)         \
+  FASTRNN_INSTANTIATE_UPDATE(TakeProjected<scalar_t, acc_t>)       \
+  FASTRNN_INSTANTIATE_UPDATE(ResetForward<scalar_t, acc_t>)        \
+  FASTRNN_INSTANTIATE_UPDATE(ResetFinish<scalar_t, acc_t>)         \
+  FASTRNN_INSTANTIATE_UPDATE(ResetFinishBackward<scalar_t, acc_t>) \
+  FASTRNN_INSTANTIATE_UPDATE(ResetBackward<scalar_t, acc_t>)       \
+  FASTRNN_INSTANTIATE_UPDATE(ResetProduct<scalar_t>)
 FASTRNN_INSTANTIATE_UPDATES(float, float)
 FASTRNN_INSTANTIATE_UPDATES(double, double)
 FASTRNN_INSTANTIATE_UPDATES(__half, float)

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the kernels of the path "gates" share: the controls of a step, row by row.
+#pragma once
+
+#include "../kernels.h"
+#include "device.cuh"
+#include "vec.cuh"
+
+namespace fastrnn {
+
+template <typename scalar_t>
+__device__ __forceinline__ bool lives(const StepControls<scalar_t>& c, int64_t row) {
+  return !c.lengths || c.t < c.lengths[row];
+}
+template <typename scalar_t>
+__device__ __forceinline__ bool is_reset(const StepControls<scalar_t>& c, int64_t row) {
+  return c.reset && c.reset[row];
+}
+// The share of state k that zoneout keeps; at: the first unit's place in [B, H].
+template <int N, typename acc_t, typename scalar_t>
+__device__ __forceinline__ void zone_share(const StepControls<scalar_t>& c, int k, int64_t at, acc_t (&share)[N]) {
+  if (c.zone_is_one_value[k]) {
+    for (int i = 0; i < N; ++i) share[i] = to_acc<acc_t>(c.zone[k][0]);
+  } else {
+    load(share, c.zone[k] + at);
+  }
+}
+template <class C>
+constexpr int kZones = C::kStates < kZonedStates ? C::kStates : kZonedStates;
+
+template <typename acc_t>
+__device__ __forceinline__ acc_t clipped(acc_t gradient, double most) {
+  if (most == 0) return gradient;
+  gradient = gradient > most ? static_cast<acc_t>(most) : gradient;
+  return gradient < -most ? static_cast<acc_t>(-most) : gradient;
+}
+
+}  // namespace fastrnn
