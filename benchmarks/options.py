@@ -161,6 +161,12 @@ def pairs(T: int, B: int, H: int) -> Iterator[Pair]:
     def definition(layer: Callable[..., Any], module: nn.Module, states: list[Tensor], **options: Any) -> Model:
         return lambda x: layer(x, *list(module.parameters())[:4], *states, **options)[0]
 
+    for kind, states in (("LSTM", [zeros, zeros]), ("GRU", [zeros])):
+        norm = getattr(fastrnn, kind)(H, H, layer_norm=True)
+        nn.init.constant_(norm.gain_hh_l0, 0.3)  # gains of 1 make the recurrence chaotic: rounding grows with T
+        gains = list(norm.parameters())[4:]
+        loop_of = definition(getattr(reference, f"{kind.lower()}_layer"), norm, states, layer_norm=gains)
+        yield pair(f"{kind} layer_norm", "tensor loop", norm, loop_of)
     peephole, coupled = fastrnn.LSTM(H, H, peephole=True), fastrnn.LSTM(H, H, coupled=True)
     w_peephole = peephole.weight_peephole_l0
     two, four = [zeros, zeros], [zeros, torch.zeros(3, B, H)]

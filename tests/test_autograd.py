@@ -299,9 +299,10 @@ TRANSFORMS = {
 def test_torch_func_of_the_operator_itself(transform, device):
     case = LayerCase("gru", dtype=torch.float64)
     input, *rest = (t.to(device) for t in case.draw().values())
+    *weights, h0 = rest
 
     def ours(input):
-        return torch.ops.fastrnn.gru_layer(input, *rest, None, False, False)[0].sin().sum()
+        return torch.ops.fastrnn.gru_layer(input, *weights, None, h0, None, False, False)[0].sin().sum()
 
     def expected(input):
         return reference.gru_layer(input, *rest)[0].sin().sum()

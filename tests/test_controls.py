@@ -27,9 +27,11 @@ CELLS = {
     "rnn_leaky_relu": ("rnn_layer", {"nonlinearity": "leaky_relu"}, 1, 0),
     "gru": ("gru_layer", {}, 3, 0),
     "gru_before": ("gru_layer", {"reset_after": False}, 3, 0),
+    "gru_norm": ("gru_layer", {"layer_norm": True}, 3, 0),
     "lstm": ("lstm_layer", {}, 4, 1),
     "lstm_coupled": ("lstm_layer", {"coupled": True}, 3, 1),
     "lstm_peephole": ("lstm_layer", {"w_peephole": True}, 4, 1),
+    "lstm_norm": ("lstm_layer", {"layer_norm": True}, 4, 1),
     "slstm": ("slstm_layer", {}, 4, 3),
 }
 T, B, I, H, P = 7, 5, 3, 21, 6  # noqa: E741
@@ -67,6 +69,10 @@ def draw(cell: str, packed: bool = False, projection: bool = False, seed: int = 
         arguments["w_hr"] = tensor(P, H, scale=0.3)
     if cell == "lstm_peephole":
         arguments["w_peephole"] = tensor(3 * H, scale=0.3)
+    if cell.endswith("_norm"):
+        arguments |= {"gain_ih": 1 + tensor(gates * H, scale=0.3), "gain_hh": 1 + tensor(gates * H, scale=0.3)}
+    if cell == "lstm_norm":
+        arguments |= {"gain_c": 1 + tensor(H, scale=0.3), "bias_c": tensor(H, scale=0.3)}
     return arguments
 
 
@@ -95,20 +101,23 @@ def controls(names: tuple[str, ...], width: int, packed: bool = False) -> dict:
     return {name: drawn[name] for name in names if name in drawn}
 
 
-def run(namespace, cell: str, arguments: dict, **options) -> dict[str, Tensor]:
-    """Every result and every gradient of a layer, by name."""
+def run(namespace, cell: str, arguments: dict, create_graph: bool = False, **options) -> dict:
+    """Every result and every gradient of a layer, by name; where these are to be differentiated also its `leaves`."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in arguments.items()}
     op, fixed, _, _ = CELLS[cell]
-    fixed = {name: value for name, value in fixed.items() if name != "w_peephole"}
+    fixed = {name: value for name, value in fixed.items() if name not in ("w_peephole", "layer_norm")}
     keywords = {name: leaves[name] for name in ("w_hr", "w_peephole") if name in leaves}
-    positional = [leaf for name, leaf in leaves.items() if name not in keywords]
+    norm = {name: leaves[name] for name in ("gain_ih", "gain_hh", "gain_c", "bias_c") if name in leaves}
+    positional = [leaf for name, leaf in leaves.items() if name not in keywords | norm]
+    if norm:
+        keywords["layer_norm"] = tuple(norm.values())
     results = getattr(namespace, op)(*positional, **keywords, **fixed, **options)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
     if cell == "slstm":
         weights[2][2] = 0  # m has no gradient
-    grads = torch.autograd.grad(results, list(leaves.values()), weights, allow_unused=True)
-    named = {f"result {k}": result for k, result in enumerate(results)}
+    grads = torch.autograd.grad(results, list(leaves.values()), weights, create_graph=create_graph, allow_unused=True)
+    named = {f"result {k}": result for k, result in enumerate(results)} | ({"leaves": leaves} if create_graph else {})
     return named | {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
@@ -162,6 +171,21 @@ def test_layer_is_its_definition(cell, names, reverse):
     check(cell, draw(cell), reverse=reverse, **controls(names, H))
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_derivatives_are_those_of_the_definition(cell):
+    def gradients_of_gradients(namespace) -> dict[str, Tensor]:
+        first = run(namespace, cell, draw(cell), create_graph=True, lengths=controls(("lengths",), H)["lengths"])
+        leaves = first.pop("leaves")
+        grads = [grad for name, grad in first.items() if name.startswith("grad") and grad is not None]
+        loss = sum(grad.sin().sum() for grad in grads)
+        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
+
+    ours, truth = gradients_of_gradients(ops), gradients_of_gradients(reference)
+    for name, expected in truth.items():
+        scale = max(1.0, expected.abs().max().item())
+        assert (ours[name] - expected).abs().max().item() <= 1e-11 * scale, name
+
+
 @pytest.mark.parametrize("names", ((), ("reset",), ("h_mask",), ("zone_h",), ("grad_clip",)), ids="+".join)
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed_layer_is_its_definition(cell, names):
@@ -176,6 +200,6 @@ def test_packed_layer_is_its_definition(cell, names):
 @pytest.mark.parametrize(
     "names", ((), ("lengths", "reset"), ("h_mask", "zone_c", "grad_clip", "return_cells")), ids="+".join
 )
-@pytest.mark.parametrize("cell", ("lstm", "lstm_coupled", "lstm_peephole"))
+@pytest.mark.parametrize("cell", ("lstm", "lstm_coupled", "lstm_peephole", "lstm_norm"))
 def test_projected_layer_is_its_definition(cell, names):
     check(cell, draw(cell, projection=True), **controls(names, P))

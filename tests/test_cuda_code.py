@@ -22,7 +22,7 @@ from machine_code import DEVICES, uses  # noqa: E402
 extended = pytest.mark.extended
 ARCHS = ["80", "86", "89", "90a", "100", "120"]  # setup.py's default
 STORAGE = {"float": "ff", "double": "dd", "half": "6__halff", "bfloat16": "13__nv_bfloat16f"}  # and acc_t, mangled
-GATES_THREADS = 128
+THREADS = {"gates": 128, "norm": 256}  # of a block, by the first word of a kernel's name
 
 
 def skip_without(*names: str) -> None:
@@ -53,7 +53,18 @@ def is_gates(name: str, direction: str, cell: str, storage: str, units: str, con
 
 
 SEAM = (ROOT / "csrc/kernels.h").read_text()
-CELL_NAMES = dict(re.findall(r"^\s+X\((\w+), (\w+)\)", SEAM.partition("FOR_EACH_CPU_CELL")[0], re.MULTILINE))
+
+
+def cells_of(listed: str) -> dict[str, str]:
+    return dict(re.findall(r"^\s+X\((\w+), (\w+)\)", listed, re.MULTILINE))
+
+
+NORM_CELLS = cells_of(SEAM.partition("FOR_EACH_NORM_CELL(X)")[2].partition("#define")[0])
+CELL_NAMES = cells_of(SEAM.partition("FOR_EACH_NORM_CELL(X)")[0])  # those with kernels of one unit or some a thread
+
+
+def is_norm(name: str, direction: str, cell: str, storage: str) -> bool:
+    return all(part in name for part in (f"norm_{direction}_kernel", f"{len(cell)}{cell}", f"E{STORAGE[storage]}E"))
 
 
 def test_every_kernel_is_there_for_every_architecture(binary, archs):
@@ -67,13 +78,18 @@ def test_every_kernel_is_there_for_every_architecture(binary, archs):
                     found = [name for name in names[arch] if is_gates(name, direction, cell, storage, units)]
                     assert len(found) == 1, (arch, cell, direction, storage, units, found)
                 assert any(is_gates(name, direction, cell, storage, "1", controlled=True) for name in names[arch])
+    for arch, cell in ((arch, cell) for arch in archs for cell in NORM_CELLS.values()):
+        for direction in ("forward", "backward"):
+            for storage in STORAGE:
+                found = [name for name in names[arch] if is_norm(name, direction, cell, storage)]
+                assert len(found) == 1, (arch, cell, direction, storage, found)
     if "+PTX" in _C.cuda_archs:
         assert f"sm_{archs[-1]}.ptx" in machine_code.cuobjdump("-lptx", binary)
 
 
 def is_double(name: str) -> bool:
     """The one exception: in double, divisions and libm's functions are calls, around which a few values are kept."""
-    return "gates_" in name and f"E{STORAGE['double']}Li" in name
+    return any(part in name for part in ("gates_", "norm_")) and f"E{STORAGE['double']}" in name
 
 
 def test_no_kernel_touches_local_memory(binary):
@@ -97,16 +113,19 @@ def test_gate_kernels_move_16_bytes_at_a_time(binary):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gate_kernels_fill_a_device(binary, archs, device):
-    """A quarter of the threads of a multiprocessor: with 64 bytes or more in flight each, enough for memory."""
+    """A quarter of the threads of a multiprocessor: with 64 bytes or more in flight each, enough for memory.
+
+    A row that is normalised has a block of its own.
+    """
     facts = DEVICES[device]
     if facts.arch not in archs:
         pytest.skip(f"fastrnn was built without code for {device}")
     for kernel in machine_code.kernels(binary):
-        if kernel.arch == facts.arch and "gates_" in kernel.name:
-            blocks = machine_code.blocks_per_multiprocessor(
-                libraries.compiler(), libraries.cuda_headers(), facts, kernel, GATES_THREADS
-            )
-            assert blocks * GATES_THREADS >= facts.threads / 4, (kernel, blocks)
+        for name, threads in THREADS.items():
+            if kernel.arch == facts.arch and f"{name}_" in kernel.name:
+                compiler, headers = libraries.compiler(), libraries.cuda_headers()
+                blocks = machine_code.blocks_per_multiprocessor(compiler, headers, facts, kernel, threads)
+                assert blocks * threads >= facts.threads / 4, (kernel, blocks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

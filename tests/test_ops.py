@@ -31,7 +31,7 @@ def layer_cases(**sizes_and_dtype):
 
 def operator_arguments(case, arguments, save):
     """The arguments of torch.ops.fastrnn.<cell>_layer, in the order of its schema."""
-    others = ["w_hr", "w_cell", "h0", "c0"] if case.cell == "lstm" else ["h0"]
+    others = ["w_hr", "w_cell", "h0", "c0"] if case.cell == "lstm" else ["w_cell", "h0"]
     order = ["input", "w_ih", "w_hh", "b_ih", "b_hh", *others]
     return [*(arguments.get(name) for name in order), case.batch_sizes, case.reverse, save]
 

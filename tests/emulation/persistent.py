@@ -145,7 +145,7 @@ def test_paths_agree_on_what_is_saved(cell, force, monkeypatch):
     """Each output of the operator, so what either path saves, the other one's backward can read."""
     case = LayerCase(cell, 4, 3, 5, 13, packed=True, reverse=True)
     arguments = case.draw()
-    names = ["input", "w_ih", "w_hh", "b_ih", "b_hh", *(["w_hr", "w_cell"] if cell == "lstm" else []), "h0"]
+    names = ["input", "w_ih", "w_hh", "b_ih", "b_hh", *(["w_hr"] if cell == "lstm" else []), "w_cell", "h0"]
     positional = [arguments.get(name) for name in names + ["c0"] * (cell == "lstm")]
     operator = getattr(torch.ops.fastrnn, f"{cell}_layer")
     monkeypatch.setenv("FASTRNN_PATH", "gates")

@@ -375,7 +375,7 @@ int main() {
   check_limits<double>("double");
   check_exponentials();
 #define FASTRNN_CHECK_CELL(name, Cell) check_cell<fastrnn::Cell>(#name);
-  FASTRNN_FOR_EACH_CELL(FASTRNN_CHECK_CELL)
+  FASTRNN_FOR_EACH_UNIT_CELL(FASTRNN_CHECK_CELL)
   std::printf("%d failed checks\n", failures);
   return failures > 255 ? 255 : failures;
 }
