@@ -158,6 +158,22 @@ def pairs(T: int, B: int, H: int) -> Iterator[Pair]:
         setattr(plain, name, parameter)
     yield pair("LSTM checkpoint=T/10", "torch.nn.LSTM", kept, lambda x: plain(x)[0])
 
+    def detached(x: Tensor) -> Tensor:
+        outputs, states = [], None
+        for part in x.split(T // 4):
+            output, states = plain(part, states)
+            states = tuple(state.detach() for state in states)
+            outputs.append(output)
+        return torch.cat(outputs)
+
+    def chunked(x: Tensor) -> Tensor:
+        return torch.cat([output for output, _ in fastrnn.truncated.chunks(kept_whole, x, length=T // 4)])
+
+    kept_whole = fastrnn.LSTM(H, H)
+    for name, parameter in plain.named_parameters():
+        setattr(kept_whole, name, parameter)
+    yield Pair("LSTM truncated.chunks", "torch.nn.LSTM", chunked, detached, list(plain.parameters()))
+
     def definition(layer: Callable[..., Any], module: nn.Module, states: list[Tensor], **options: Any) -> Model:
         return lambda x: layer(x, *list(module.parameters())[:4], *states, **options)[0]
 
@@ -219,7 +235,7 @@ def main() -> int:
     rows, failed = [], False
     cases = [(p, mode) for p in pairs(T, B, H) if arguments.only in p.option for mode in ("infer", "train")]
     for p, mode in track(cases, console=console, transient=True):
-        if mode == "infer" and p.option.split()[-1] in ("grad_clip", "checkpoint=T/10"):
+        if mode == "infer" and p.option.split()[-1] in ("grad_clip", "checkpoint=T/10", "truncated.chunks"):
             continue  # they are about backward
         given = x.clone().requires_grad_(mode == "train")
         calls = {
