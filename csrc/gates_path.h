@@ -277,9 +277,23 @@ struct GatesPath {
   }
 
   static WeightAndBias input_weight_gradient(const Layer& l, const GateGradients& g, bool bias) {
-    return {l.w_ih ? MaybeTensor(mm(transposed(g.d_x_gates), flat(l.input, l.N))) : std::nullopt,
+    return {l.w_ih ? MaybeTensor(mm(transposed(g.d_x_gates), real_input(l))) : std::nullopt,
             bias ? MaybeTensor(sum_rows(g.d_x_gates)) : std::nullopt};
   }
+  // The rows of the input. What lies past the ends may be NaN, and zero gates times NaN are not zero.
+  static Tensor real_input(const Layer& l) {
+    const Tensor input = flat(l.input, l.N);
+    if (!l.lengths) return input;
+    const OnDevice device(l.input);
+    const Tensor from = dense(input), real = empty(input, {l.N, l.I}, l.storage);
+    dispatch_storage(l.storage, [&](auto types) {
+      using T = typename decltype(types)::storage;
+      const RealRows<T> update{in<T>(from), in<int64_t>(l.lengths), l.B, out<T>(real)};
+      check_launch(launch_update_h(l.N, l.I, update, device.stream()));
+    });
+    return real;
+  }
+
   static WeightAndBias recurrent_weight_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved,
                                                  bool bias) {
     const OnDevice device(l.input);

@@ -298,6 +298,15 @@ struct TakeProjected {
   scalar_t* d_projected;  // zero where the row is dead
 };
 
+// Rows of a dense sequence [T, B]: zero past the ends, whatever was there.
+template <typename scalar_t>
+struct RealRows {
+  const scalar_t* from;
+  const int64_t* lengths;
+  int64_t B;
+  scalar_t* to;
+};
+
 // Of a cell that resets before, between its two products. Rows of H values; what is null as above.
 
 // r and z from the first product, and m = r h, which the second one reads.

@@ -164,6 +164,11 @@ def gru_layer(
     if not reset_after:
         # Its biases are sums with the input gates, wherever they come from.
         bias = b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh
+        lengths = controls.get("lengths")
+        if lengths is not None and lengths.shape == input.shape[1:2]:  # others the operator refuses
+            # Padding may hold NaN, and zero gates times NaN are not zero.
+            past_end = torch.arange(input.shape[0], device=input.device).unsqueeze(1) >= lengths
+            input = input.masked_fill(past_end.unsqueeze(2), 0)
         x_gates = linear(input, w_ih, bias) if w_ih is not None else input if bias is None else input + bias
         operator, arguments = _GRU_BEFORE, (x_gates, None, w_hh, None, None, None, h0, batch_sizes, reverse)
     output, h_n, *_ = operator(

@@ -186,6 +186,17 @@ def test_second_derivatives_are_those_of_the_definition(cell):
         assert (ours[name] - expected).abs().max().item() <= 1e-11 * scale, name
 
 
+@pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_lies_past_the_end_reaches_nothing(cell, reverse):
+    """Not even NaN: padding may hold anything, as it may where sequences are packed."""
+    lengths, arguments = controls(("lengths",), H)["lengths"], draw(cell)
+    clean = run(ops, cell, arguments, lengths=lengths, reverse=reverse)
+    arguments["input"][torch.arange(T).unsqueeze(1) >= lengths] = float("nan")
+    for name, tensor in run(ops, cell, arguments, lengths=lengths, reverse=reverse).items():
+        assert torch.equal(tensor, clean[name]), name
+
+
 @pytest.mark.parametrize("names", ((), ("reset",), ("h_mask",), ("zone_h",), ("grad_clip",)), ids="+".join)
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed_layer_is_its_definition(cell, names):

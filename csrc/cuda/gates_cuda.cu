@@ -287,6 +287,12 @@ __device__ __forceinline__ void update_h(const TakeProjected<scalar_t, acc_t>& p
   if (living) p.d_h[at] = 0;
 }
 
+template <typename scalar_t>
+__device__ __forceinline__ void update_h(const RealRows<scalar_t>& p, int64_t row, int64_t at) {
+  const bool living = row / p.B < p.lengths[row % p.B];
+  p.to[at] = living ? p.from[at] : from_acc<scalar_t>(AccOfStorage<scalar_t>(0));
+}
+
 // The steps of a cell that resets before, of one unit each.
 template <typename scalar_t, typename acc_t>
 __device__ __forceinline__ void update_h(const ResetForward<scalar_t, acc_t>& p, int64_t row, int64_t at) {
@@ -451,6 +457,7 @@ FASTRNN_FOR_EACH_UNIT_CELL(FASTRNN_INSTANTIATE_CELL)
 #define FASTRNN_INSTANTIATE_UPDATES(scalar_t, acc_t)               \
   FASTRNN_INSTANTIATE_UPDATE(ProductInput<scalar_t>)               \
   FASTRNN_INSTANTIATE_UPDATE(KeepLiving<scalar_t>)                 \
+  FASTRNN_INSTANTIATE_UPDATE(RealRows<scalar_t>)                   \
   FASTRNN_INSTANTIATE_UPDATE(ThroughStep<scalar_t, acc_t>)         \
   FASTRNN_INSTANTIATE_UPDATE(TakeProjected<scalar_t, acc_t>)       \
   FASTRNN_INSTANTIATE_UPDATE(ResetForward<scalar_t, acc_t>)        \
