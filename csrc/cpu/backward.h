@@ -49,7 +49,7 @@ class Backward {
     }
     if constexpr (kNormalises<Cell>) {
       std::fill_n(p_.d_w_cell, Cell::kParameters * p_.H, T(0));
-      for (const Row& row : rows_) {
+      for (const WholeRow& row : rows_) {
         for (int64_t j = 0; j < Cell::kParameters * p_.H; ++j) p_.d_w_cell[j] += row.d_w[j];
       }
     }
@@ -59,8 +59,8 @@ class Backward {
   static constexpr int kRows = kTileRows<Panel::kVectors>;
   using Tile = T[kRows * Panel::kColumns];
 
-  // Of a cell that normalises, for the thread that runs a row of the batch: what its panels share.
-  struct Row {
+  // Of a cell that normalises: what the panels of a row share, one row after the other in a thread.
+  struct WholeRow {
     Buffer<T> memory;
     T* d_h;      // [tile rows, panels*kBlock]  then d_o
     T* d_gates;  // [2, G*H]  gradients of the normalised products, of x and of h
@@ -68,7 +68,7 @@ class Backward {
     T* d_c;      // [panels*kBlock]  the way through h; before that, gradient of the normalised c
     T* d_w;      // [kParameters*H]  sums
 
-    Row(int64_t H, int64_t panels)
+    WholeRow(int64_t H, int64_t panels)
         : memory((kRows + 1) * panels * Panel::kBlock + (2 * Cell::kGates + 1 + Cell::kParameters) * H) {
       d_h = memory.get();
       d_c = d_h + kRows * panels * Panel::kBlock;
@@ -82,7 +82,7 @@ class Backward {
   // What one thread does: rows of the batch and panels of the hidden units.
   struct Part {
     int64_t row_begin, row_end, panel_begin, panel_end;
-    Row* row = nullptr;
+    WholeRow* whole = nullptr;
   };
 
   template <typename Barrier>
@@ -120,10 +120,11 @@ class Backward {
             alignas(64) Tile d_h;
             hidden_gradient(panel, b, count, following, d_h);
             for (int r = 0; r < count; ++r) {
-              std::copy_n(d_h + r * Panel::kColumns, Panel::kBlock, part.row->d_h + r * width + panel * Panel::kBlock);
+              std::copy_n(d_h + r * Panel::kColumns, Panel::kBlock,
+                          part.whole->d_h + r * width + panel * Panel::kBlock);
             }
           }
-          for (int r = 0; r < count; ++r) update_row(s, b + r, part.row->d_h + r * width, *part.row);
+          for (int r = 0; r < count; ++r) update_row(s, b + r, part.whole->d_h + r * width, *part.whole);
         });
       } else {
         for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
@@ -283,8 +284,8 @@ class Backward {
     return fastrnn::h_before(p_.steps, p_.controls.reset, p_.h0, p_.output, p_.P, s, b);
   }
 
-  // The cell, for one position and the units of one panel. row: of a cell that normalises.
-  void update(int64_t panel, int64_t s, int64_t b, const T* d_h, const Row* whole) const {
+  // The cell, for one position and the units of one panel. whole: of a cell that normalises.
+  void update(int64_t panel, int64_t s, int64_t b, const T* d_h, const WholeRow* whole) const {
     const Controls<S>& controls = p_.controls;
     const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), state = p_.steps.state(b);
     const bool reset = controls.reset && controls.reset[place];
@@ -343,7 +344,7 @@ class Backward {
   }
 
   // Of a cell that normalises: a position's whole step. d_h [panels*kBlock] is used up.
-  void update_row(int64_t s, int64_t b, T* d_h, const Row& whole) const {
+  void update_row(int64_t s, int64_t b, T* d_h, const WholeRow& whole) const {
     const int64_t H = p_.H, row = p_.steps.row(s, b);
     const int64_t gates = Cell::kGates * H;
     if constexpr (kNormalisesC<Cell>) {
@@ -414,9 +415,9 @@ class Backward {
   const ThreadPool& pool_;
   const CpuPlan plan_;
   const int64_t panels_;
-  Columns<S> hh_;          // [G*H, P]
-  Columns<S> hr_;          // [P, H]
-  std::vector<Row> rows_;  // one for each thread
+  Columns<S> hh_;               // [G*H, P]
+  Columns<S> hr_;               // [P, H]
+  std::vector<WholeRow> rows_;  // one for each thread
 };
 
 }  // namespace fastrnn::FASTRNN_ISA
