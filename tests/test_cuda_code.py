@@ -154,14 +154,16 @@ SM_90 = SM_80 | {
 }
 
 
-def compile_for(arch: str, source: Path, target: Path) -> None:
+def compile_for(arch: str, source: Path, target: Path, check: str = "-warn-spills,-warn-lmem-usage,-Werror") -> str:
+    """Returns what the compiler says."""
     nvcc = libraries.nvcc()
     if nvcc is None:
         pytest.skip("no nvcc: the wrappers are not compiled for a device")
     flags = ["-std=c++17", "-O3", f"-I{ROOT}/csrc", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    flags += ["-DFASTRNN_WITH_CUDA", "-Werror=all-warnings", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
+    flags += ["-DFASTRNN_WITH_CUDA", "-Werror=all-warnings", f"-Xptxas={check}"]
     done = subprocess.run([nvcc, *flags, "-cubin", source, "-o", target], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,12 @@ def test_wrappers_become_their_instructions(arch, tmp_path):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", ["gates", "persistent"])
 def test_kernels_compile_without_spills(arch, name, tmp_path):
-    compile_for(arch, ROOT / f"csrc/cuda/{name}_cuda.cu", tmp_path / "kernels.cubin")
+    """For each architecture, whichever the library was built for, and without cuobjdump."""
+    said = compile_for(arch, ROOT / f"csrc/cuda/{name}_cuda.cu", tmp_path / "kernels.cubin", check="-v")
+    frames = re.findall(r"properties for (\S+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", said)
+    assert frames
+    for kernel, *sizes in frames:
+        assert max(map(int, sizes)) <= (24 if is_double(kernel) else 0), (kernel, sizes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,9 +210,9 @@ PERSISTENT_THREADS = 256
 @pytest.mark.parametrize("storage", ["fp16", "bf16", "fp32"])
 def test_persistent_kernels(arch, storage, tmp_path):
     """No spills; tensor cores; packets in one piece; and a block with all shared memory fits on a multiprocessor."""
+    skip_without("cuobjdump", "nvdisasm")
     binary = tmp_path / "kernels.cubin"
     compile_for(arch, ROOT / f"csrc/cuda/persistent_{storage}_cuda.cu", binary)
-    skip_without("cuobjdump", "nvdisasm")
     used_by = {name: used for (_, name), used in machine_code.instructions(binary).items()}
     kernels = {kernel.name: kernel for kernel in machine_code.kernels(binary)}
     precisions = ["fp32", "tf32"] if storage == "fp32" else [storage]

@@ -24,6 +24,7 @@ from ninja import ninja_syntax
 
 FOLDER = Path(__file__).parent.resolve()
 ROOT = FOLDER.parents[1]
+CSRC = "../../../csrc"  # seen from the folder of a build: where it lies makes no difference to what is compiled
 LIBRARIES = ("ops", "kernels")
 RUNTIME = [FOLDER / f"{name}.cpp" for name in ("fiber", "scheduler", "synchronization", "memory")]
 
@@ -103,20 +104,24 @@ def environment(variant: str) -> dict[str, str]:
     }
 
 
-def sources(library: str, root: Path) -> list[Path]:
+def sources(library: str, root: Path) -> list[str]:
     if library == "kernels":
-        return sorted(FOLDER.glob("*.cu"))
-    return [root / "csrc/ops.cpp", *sorted((root / "csrc/cuda").glob("*_cuda.cu"))]
+        return sorted(map(str, FOLDER.glob("*.cu")))
+    return [f"{CSRC}/ops.cpp", *sorted(f"{CSRC}/cuda/{file.name}" for file in (root / "csrc/cuda").glob("*_cuda.cu"))]
 
 
 def build(library: str, variant: str = "", root: Path = ROOT) -> Path:
     """Compiles what has changed since the last call, with the csrc and into the build of `root`; returns the library.
+
+    The root may be a folder with a changed copy of csrc: only what differs from this one's is compiled.
 
     Raises:
         Unavailable: without a compiler or CUDA's headers.
         RuntimeError: when the compiler fails.
     """
     folder = root / "build" / "emulation" / "-".join(filter(None, (library, variant)))
+    if root != ROOT and not folder.exists():
+        shutil.copytree(build(library, variant).parent, folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"lib{library}.so"
     with open(folder / "lock", "w") as lock:
@@ -132,7 +137,7 @@ def build(library: str, variant: str = "", root: Path = ROOT) -> Path:
 
 
 def _write_ninja_file(file: TextIO, library: str, variant: Variant, root: Path, target: Path) -> None:
-    kernel_flags = [f"-I{root}/csrc", *KERNEL_FLAGS, *variant.kernels]
+    kernel_flags = [f"-I{CSRC}", *KERNEL_FLAGS, *variant.kernels]
     libraries = list(variant.kernels)
     kernel_flags += ["-isystem", str(cuda_headers())]
     if library == "ops":
@@ -153,10 +158,10 @@ def _write_ninja_file(file: TextIO, library: str, variant: Variant, root: Path, 
     for source in RUNTIME:
         objects += ninja.build(f"{source.name}.o", "cxx", str(source), variables={"flags": text(*variant.runtime)})
     for source in sources(library, root):
-        language = ["-x", "c++", "-include", "cuda_language.h"] if source.suffix == ".cu" else []
+        language = ["-x", "c++", "-include", "cuda_language.h"] if source.endswith(".cu") else []
         flags = text(*kernel_flags, *language)
-        objects += ninja.build(f"{source.name}.o", "cxx", str(source), variables={"flags": flags})
-    ninja.build(str(target), "link", objects, variables={"libraries": text(*libraries)})
+        objects += ninja.build(f"{os.path.basename(source)}.o", "cxx", source, variables={"flags": flags})
+    ninja.build(target.name, "link", objects, variables={"libraries": text(*libraries)})
 
 
 if __name__ == "__main__":
