@@ -245,7 +245,7 @@ def test_persistent_kernels(arch, storage, tmp_path):
 def test_ptxas_would_refuse_a_spill(tmp_path):
     """The compiler flags above mean what they say."""
     if libraries.nvcc() is None:
-        pytest.skip("no nvcc")
+        pytest.skip("no nvcc: what ptxas refuses is not checked")
     source = tmp_path / "spill.cu"
     source.write_text("""__global__ void indexes_its_registers(float* x, int i) {
         float y[64] = {};
