@@ -243,7 +243,7 @@ MUTANTS = {  # of gates_cuda.cu: what is replaced, by what, and what a variant o
         "address",
         "AddressSanitizer: heap-buffer-overflow",
     ),
-    "alignment": ("p.H % N == 0 && ", "", "address", "misaligned address"),
+    "alignment": ("p.H % N == 0", "true", "address", "misaligned address"),
     "overlap": ("int64_t{blockIdx.y} * blockDim.y", "int64_t{blockIdx.y}", "thread", "ThreadSanitizer: data race"),
     "row": ("row * C::kGates * p.H + unit", "row * C::kSaved * p.H + unit", "", "AssertionError"),
     "carry": ("store(p.d_h + state, values);", "", "", "AssertionError"),
