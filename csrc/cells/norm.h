@@ -31,16 +31,18 @@ struct NormCell {
   static constexpr int kScratch = 2 * (P::kGates + (P::kStates > 1));
 };
 
-// Group k: the gates from group_begin(k) to group_begin(k + 1).
+// Group k: the gates from group_begin(k) to group_begin(k + 1), each of them group_share(k) of it.
 template <typename T>
 struct NormLstmCell : NormCell<LstmGates<T>> {
   static constexpr int kGroups = 1;
   FASTRNN_HD static constexpr int group_begin(int k) { return k * 4; }
+  FASTRNN_HD static constexpr float group_share(int /*k*/) { return 0.25f; }
 };
 template <typename T>
 struct NormGruCell : NormCell<GruCell<T>> {
   static constexpr int kGroups = 2;
   FASTRNN_HD static constexpr int group_begin(int k) { return k == 0 ? 0 : k + 1; }
+  FASTRNN_HD static constexpr float group_share(int k) { return k == 0 ? 0.5f : 1.0f; }
 };
 
 // Any other cell is its own plain one.

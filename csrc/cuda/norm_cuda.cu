@@ -13,6 +13,7 @@ namespace fastrnn {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kBlocksTogether = 2;  // on a multiprocessor: a quarter of its threads; more would spill
 constexpr int64_t kMostBlocks = 65535;
 
 // Sums over the block. Every thread calls, and gets the sum.
@@ -38,29 +39,29 @@ struct BlockSum {
     for (int64_t j = threadIdx.x; j < count; j += kThreads) sum += f(j);
     return (*this)(sum);
   }
-  // Of a(j), j from 0 to count.
+  // Of a(j), j from 0 to count, of which one is `share`: in double a division is a call, and keeps values in memory.
   template <typename A>
-  __device__ __forceinline__ Statistics<acc_t> statistics(int64_t count, const A& a) const {
-    const acc_t n = static_cast<acc_t>(count), mean = over(count, a) / n;
-    const acc_t squares = over(count, [&](int64_t j) {
-      const acc_t difference = a(j) - mean;
-      return difference * difference;
-    });
-    return {mean, 1 / std::sqrt(squares / n + static_cast<acc_t>(kNormEps))};
+  __device__ __forceinline__ Statistics<acc_t> statistics(int64_t count, acc_t share, const A& a) const {
+    const acc_t mean = over(count, a) * share;
+    const acc_t variance = share * over(count, [&](int64_t j) {
+                             const acc_t difference = a(j) - mean;
+                             return difference * difference;
+                           });
+    return {mean, 1 / std::sqrt(variance + static_cast<acc_t>(kNormEps))};
   }
 };
 
 // The gradient of the row a, given by a(j), from d [count], that of gain LN(a) + bias; f(j, d_a) takes it. Adds those
-// of gain and bias.
+// of gain and bias. share: 1 / count.
 template <typename acc_t, typename scalar_t, typename A, typename F>
-__device__ __forceinline__ void normalise_backward(const BlockSum<acc_t>& sum, int64_t count, const A& a,
+__device__ __forceinline__ void normalise_backward(const BlockSum<acc_t>& sum, int64_t count, acc_t share, const A& a,
                                                    const scalar_t* gain, const acc_t* d, acc_t* d_gain, acc_t* d_bias,
                                                    const F& f) {
-  const Statistics<acc_t> s = sum.statistics(count, a);
-  const acc_t n = static_cast<acc_t>(count);
+  const Statistics<acc_t> s = sum.statistics(count, share, a);
   const auto d_normalised = [&](int64_t j) { return d[j] * to_acc<acc_t>(gain[j]); };
-  const acc_t mean = sum.over(count, d_normalised) / n;
-  const acc_t mean_normalised = sum.over(count, [&](int64_t j) { return d_normalised(j) * s.normalised(a(j)); }) / n;
+  const acc_t mean = share * sum.over(count, d_normalised);
+  const acc_t mean_normalised =
+      share * sum.over(count, [&](int64_t j) { return d_normalised(j) * s.normalised(a(j)); });
   for (int64_t j = threadIdx.x; j < count; j += kThreads) {
     const acc_t normalised = s.normalised(a(j)), d_y = d[j];
     d_gain[j] += d_y * normalised;
@@ -77,13 +78,15 @@ __device__ __forceinline__ acc_t zone_share(const StepControls<scalar_t>& c, int
 }
 
 template <template <typename> class Cell, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) norm_forward_kernel(const GatesForward<scalar_t, acc_t> p) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether)
+    norm_forward_kernel(const GatesForward<scalar_t, acc_t> p) {
   using C = Cell<acc_t>;
   using Plain = typename C::Plain;
   FASTRNN_SHARED(acc_t, partial, [kWarps]);
   const BlockSum<acc_t> sum{partial};
   const int64_t H = p.H, gates = C::kGates * p.H;
   const scalar_t *gain_c = p.w_cell + 4 * gates, *bias_c = gain_c + H;
+  const acc_t share = acc_t(1) / static_cast<acc_t>(H);  // of a unit
 
   for (int64_t row = blockIdx.x; row < p.B; row += gridDim.x) {
     const int64_t state = row * H;
@@ -111,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(const GatesForwa
 #pragma unroll
       for (int k = 0; k < C::kGroups; ++k) {
         const scalar_t* const first = products[of] + C::group_begin(k) * H;
-        statistics[of][k] = sum.statistics((C::group_begin(k + 1) - C::group_begin(k)) * H,
+        statistics[of][k] = sum.statistics((C::group_begin(k + 1) - C::group_begin(k)) * H, C::group_share(k) * share,
                                            [&](int64_t j) { return to_acc<acc_t>(first[j]); });
       }
     }
@@ -153,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(const GatesForwa
       }
     }
     if constexpr (C::kStates > 1) {
-      const Statistics<acc_t> s = sum.statistics(H, [&](int64_t j) { return o[H + j]; });
+      const Statistics<acc_t> s = sum.statistics(H, share, [&](int64_t j) { return o[H + j]; });
       for (int64_t j = threadIdx.x; j < H; j += kThreads) {
         const acc_t y = to_acc<acc_t>(gain_c[j]) * s.normalised(o[H + j]) + to_acc<acc_t>(bias_c[j]);
         keep_h(j, h_before(j), norm_output(o[j], y));
@@ -163,13 +166,15 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(const GatesForwa
 }
 
 template <template <typename> class Cell, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) norm_backward_kernel(const GatesBackward<scalar_t, acc_t> p) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether)
+    norm_backward_kernel(const GatesBackward<scalar_t, acc_t> p) {
   using C = Cell<acc_t>;
   using Plain = typename C::Plain;
   FASTRNN_SHARED(acc_t, partial, [kWarps]);
   const BlockSum<acc_t> sum{partial};
   const int64_t H = p.H, gates = C::kGates * p.H;
   const scalar_t *gain_c = p.w_cell + 4 * gates, *bias_c = gain_c + H;
+  const acc_t share = acc_t(1) / static_cast<acc_t>(H);  // of a unit
 
   for (int64_t row = blockIdx.x; row < p.B; row += gridDim.x) {
     const int64_t state = row * H;
@@ -209,16 +214,17 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const GatesBack
         load_before(j, prev);
         return Plain::restore_c(saved, prev);
       };
-      const Statistics<acc_t> s = sum.statistics(H, made_c);
+      const Statistics<acc_t> s = sum.statistics(H, share, made_c);
       for (int64_t j = threadIdx.x; j < H; j += kThreads) {
         const acc_t y = to_acc<acc_t>(gain_c[j]) * s.normalised(made_c(j)) + to_acc<acc_t>(bias_c[j]);
-        const acc_t share = p.controls.zone[0] ? zone_share<acc_t>(p.controls, 0, state + j) : acc_t(0);
+        const acc_t kept = p.controls.zone[0] ? zone_share<acc_t>(p.controls, 0, state + j) : acc_t(0);
         const acc_t d = hidden_gradient(j);
-        p.d_h[state + j] = share * d;
-        norm_output_gradient(to_acc<acc_t>(saved_row[3 * H + j]), y, (1 - share) * d, d_o[j], d_c[j]);
+        p.d_h[state + j] = kept * d;
+        norm_output_gradient(to_acc<acc_t>(saved_row[3 * H + j]), y, (1 - kept) * d, d_o[j], d_c[j]);
       }
       acc_t* const d_gain_c = d_w + 4 * gates;
-      normalise_backward(sum, H, made_c, gain_c, d_c, d_gain_c, d_gain_c + H, [&](int64_t j, acc_t d) { d_c[j] = d; });
+      normalise_backward(sum, H, share, made_c, gain_c, d_c, d_gain_c, d_gain_c + H,
+                         [&](int64_t j, acc_t d) { d_c[j] = d; });
     }
 
     for (int64_t j = threadIdx.x; j < H; j += kThreads) {
@@ -262,7 +268,7 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const GatesBack
         const int64_t first = C::group_begin(k) * H, count = C::group_begin(k + 1) * H - first;
         acc_t* const d_gain = d_w + of * 2 * gates + first;
         normalise_backward(
-            sum, count, [&](int64_t j) { return to_acc<acc_t>(products[first + j]); },
+            sum, count, C::group_share(k) * share, [&](int64_t j) { return to_acc<acc_t>(products[first + j]); },
             p.w_cell + of * 2 * gates + first, d_gates + of * gates + first, d_gain, d_gain + gates,
             [&](int64_t j, acc_t d) { d_products[first + j] = from_acc<scalar_t>(d); });
       }
