@@ -101,9 +101,15 @@ def controls(names: tuple[str, ...], width: int, packed: bool = False) -> dict:
     return {name: drawn[name] for name in names if name in drawn}
 
 
-def run(namespace, cell: str, arguments: dict, create_graph: bool = False, **options) -> dict:
+CPU = torch.device("cpu")
+
+
+def run(namespace, cell: str, arguments: dict, device=CPU, create_graph: bool = False, **options) -> dict:
     """Every result and every gradient of a layer, by name; where these are to be differentiated also its `leaves`."""
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in arguments.items()}
+    leaves = {name: tensor.detach().clone().to(device).requires_grad_() for name, tensor in arguments.items()}
+    for name, value in options.items():
+        if isinstance(value, Tensor) and name != "batch_sizes":
+            options[name] = value.to(device)
     op, fixed, _, _ = CELLS[cell]
     fixed = {name: value for name, value in fixed.items() if name not in ("w_peephole", "layer_norm")}
     keywords = {name: leaves[name] for name in ("w_hr", "w_peephole") if name in leaves}
@@ -113,7 +119,7 @@ def run(namespace, cell: str, arguments: dict, create_graph: bool = False, **opt
         keywords["layer_norm"] = tuple(norm.values())
     results = getattr(namespace, op)(*positional, **keywords, **fixed, **options)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
+    weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
     if cell == "slstm":
         weights[2][2] = 0  # m has no gradient
     grads = torch.autograd.grad(results, list(leaves.values()), weights, create_graph=create_graph, allow_unused=True)
@@ -121,8 +127,8 @@ def run(namespace, cell: str, arguments: dict, create_graph: bool = False, **opt
     return named | {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-def check(cell: str, arguments: dict, **options) -> None:
-    ours, truth = run(ops, cell, arguments, **options), run(reference, cell, arguments, **options)
+def check(cell: str, arguments: dict, device: torch.device, **options) -> None:
+    ours, truth = run(ops, cell, arguments, device, **options), run(reference, cell, arguments, **options)
     assert list(ours) == list(truth)
     for name, expected in truth.items():
         got = ours[name]
@@ -131,7 +137,7 @@ def check(cell: str, arguments: dict, **options) -> None:
             continue
         assert got.shape == expected.shape
         scale = max(1.0, expected.detach().abs().max().item())
-        assert (got - expected).abs().max().item() <= 1e-12 * scale, name
+        assert (got.cpu() - expected).abs().max().item() <= 1e-12 * scale, name
 
 
 SETS = [
@@ -167,50 +173,50 @@ def cases():
 @pytest.mark.parametrize(
     "cell, names", list(cases()), ids=lambda v: "+".join(v) or "plain" if isinstance(v, tuple) else v
 )
-def test_layer_is_its_definition(cell, names, reverse):
-    check(cell, draw(cell), reverse=reverse, **controls(names, H))
+def test_layer_is_its_definition(cell, names, reverse, device):
+    check(cell, draw(cell), device, reverse=reverse, **controls(names, H))
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_second_derivatives_are_those_of_the_definition(cell):
-    def gradients_of_gradients(namespace) -> dict[str, Tensor]:
-        first = run(namespace, cell, draw(cell), create_graph=True, lengths=controls(("lengths",), H)["lengths"])
+def test_second_derivatives_are_those_of_the_definition(cell, device):
+    def gradients_of_gradients(namespace, device=CPU) -> dict[str, Tensor]:
+        lengths = controls(("lengths",), H)["lengths"]
+        first = run(namespace, cell, draw(cell), device, create_graph=True, lengths=lengths)
         leaves = first.pop("leaves")
         grads = [grad for name, grad in first.items() if name.startswith("grad") and grad is not None]
         loss = sum(grad.sin().sum() for grad in grads)
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
 
-    ours, truth = gradients_of_gradients(ops), gradients_of_gradients(reference)
+    ours, truth = gradients_of_gradients(ops, device), gradients_of_gradients(reference)
     for name, expected in truth.items():
         scale = max(1.0, expected.abs().max().item())
-        assert (ours[name] - expected).abs().max().item() <= 1e-11 * scale, name
+        assert (ours[name].cpu() - expected).abs().max().item() <= 1e-11 * scale, name
 
 
 @pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_lies_past_the_end_reaches_nothing(cell, reverse):
+def test_what_lies_past_the_end_reaches_nothing(cell, reverse, device):
     """Not even NaN: padding may hold anything, as it may where sequences are packed."""
     lengths, arguments = controls(("lengths",), H)["lengths"], draw(cell)
-    clean = run(ops, cell, arguments, lengths=lengths, reverse=reverse)
+    clean = run(ops, cell, arguments, device, lengths=lengths, reverse=reverse)
     arguments["input"][torch.arange(T).unsqueeze(1) >= lengths] = float("nan")
-    for name, tensor in run(ops, cell, arguments, lengths=lengths, reverse=reverse).items():
+    for name, tensor in run(ops, cell, arguments, device, lengths=lengths, reverse=reverse).items():
         assert torch.equal(tensor, clean[name]), name
 
 
 @pytest.mark.parametrize("names", ((), ("reset",), ("h_mask",), ("zone_h",), ("grad_clip",)), ids="+".join)
 @pytest.mark.parametrize("cell", CELLS)
-def test_packed_layer_is_its_definition(cell, names):
+def test_packed_layer_is_its_definition(cell, names, device):
     if cell == "slstm" and "zone_h" in names:
         names = ()
     for reverse in (False, True):
-        check(
-            cell, draw(cell, packed=True), batch_sizes=batch_sizes(), reverse=reverse, **controls(names, H, packed=True)
-        )
+        options = {"batch_sizes": batch_sizes(), "reverse": reverse} | controls(names, H, packed=True)
+        check(cell, draw(cell, packed=True), device, **options)
 
 
 @pytest.mark.parametrize(
     "names", ((), ("lengths", "reset"), ("h_mask", "zone_c", "grad_clip", "return_cells")), ids="+".join
 )
 @pytest.mark.parametrize("cell", ("lstm", "lstm_coupled", "lstm_peephole", "lstm_norm"))
-def test_projected_layer_is_its_definition(cell, names):
-    check(cell, draw(cell, projection=True), **controls(names, P))
+def test_projected_layer_is_its_definition(cell, names, device):
+    check(cell, draw(cell, projection=True), device, **controls(names, P))
