@@ -105,10 +105,10 @@ struct CpuPath {
     return g;
   }
 
-  // [R, I]; where the input held x_gates, of their width.
+  // Of the shape of the input.
   static Tensor input_gradient(const Layer& l, const Tensor& d_x_gates) {
     const ScalarType t = d_x_gates.scalar_type();
-    const Tensor d_input = empty(d_x_gates, {l.N, l.I}, t);
+    const Tensor d_input = l.input.dim() == 2 ? empty(d_x_gates, {l.N, l.I}, t) : empty(d_x_gates, {l.T, l.B, l.I}, t);
     dispatch_storage(t, [&](auto zero) {
       using S = decltype(zero);
       std::vector<S*> rows;
@@ -145,8 +145,8 @@ struct CpuPath {
     const ScalarType t = g.d_h_gates.scalar_type();
     const Tensor output = dense(to_dtype(saved.output, t));
     const MaybeTensor h_in = saved.h_in ? MaybeTensor(dense(to_dtype(*saved.h_in, t))) : std::nullopt;
-    const Tensor zeros = empty(output, {l.P}, t);
-    set_zero(zeros);
+    const MaybeTensor zeros = l.reset ? MaybeTensor(empty(output, {l.P}, t)) : std::nullopt;
+    if (zeros) set_zero(*zeros);
     const auto list_h = [&](auto zero, auto& rows) {
       using T = decltype(zero);
       const uint8_t* reset = in<uint8_t>(l.reset);

@@ -84,7 +84,7 @@ struct Operator {
     Gradients r;
     if (need_input) {
       const Tensor d_input = store(layer.w_ih || layer.lengths ? P::input_gradient(layer, g.d_x_gates) : g.d_x_gates);
-      r.input = a.batch_sizes ? d_input : torch::stable::reshape(d_input, {layer.T, layer.B, layer.I});
+      r.input = d_input.dim() == a.input.dim() ? d_input : torch::stable::reshape(d_input, {layer.T, layer.B, layer.I});
     }
     if (need_weights) {
       const auto store_both = [&](const WeightAndBias& d, MaybeTensor& weight, MaybeTensor& bias) {

@@ -50,6 +50,14 @@ Tensor call(const char* op, const char* overload, const Args&... args) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// The types of torch by their numbers: Tensor::scalar_type tries one after another.
+inline int32_t dtype_number(const Tensor& t) {
+  int32_t number = 0;
+  check_torch(aoti_torch_get_dtype(t.get(), &number));
+  return number;
+}
+inline int32_t dtype_number(ScalarType t) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(t)); }
+
 // An uninitialised contiguous tensor on the device of `like`.
 template <typename Sizes = std::initializer_list<int64_t>>
 Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
@@ -64,8 +72,7 @@ Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
   check_torch(aoti_torch_get_device_type(like.get(), &device_type));
   check_torch(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), size, stride,
-                                       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), size, stride, dtype_number(dtype),
                                        device_type, device_index, &handle));
   return Tensor(handle);
 }
@@ -80,7 +87,7 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : call("aten::contiguous", "", t, torch::headeronly::MemoryFormat::Contiguous);
 }
 inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype
+  return dtype_number(t) == dtype_number(dtype)
              ? t
              : call("aten::to", "dtype", t, dtype, false, false, std::optional<torch::headeronly::MemoryFormat>());
 }

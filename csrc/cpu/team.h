@@ -49,7 +49,8 @@ void in_parallel(const ThreadPool& pool, int64_t count, const F& f) {
     const F& f;
     const FloatMode mode;
   } context{f, {}};
-  pool.run(
+  const ThreadPool& threads = count > 1 ? pool : kOneThread;
+  threads.run(
       count,
       [](int64_t begin, int64_t end, void* p) {
         const auto& [body, mode] = *static_cast<const Context*>(p);
