@@ -20,8 +20,8 @@ class _Cell(nn.RNNCellBase):
     _name: str  # in the words of torch.nn
     _promotes: tuple[bool, ...]  # for each state, what `call_autocast` asks
 
-    def _op(self, *args: Any) -> tuple[Tensor, ...]:
-        """Runs one step: the output, and the states after it."""
+    def _op(self, input: Tensor, *args: Any) -> Sequence[Tensor]:
+        """Runs one step, of input (B, I): the states after it."""
         raise NotImplementedError
 
     def __prepare_scriptable__(self) -> None:
@@ -49,7 +49,7 @@ class _Cell(nn.RNNCellBase):
         else:
             check_alike(input, "hidden", states)
         check_alike(input, "parameter", weights[:2] + [bias for bias in weights[2:] if bias is not None])
-        return self._op(input.unsqueeze(0), *weights, *states)[1:]
+        return self._op(input, *weights, *states)
 
     def _check_sizes(self, input: Tensor, states: States | None) -> None:
         batch, input_size = input.shape
@@ -106,10 +106,11 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
-    def _op(self, *args: Any) -> tuple[Tensor, ...]:
+    def _op(self, input: Tensor, *args: Any) -> Sequence[Tensor]:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return ops.rnn_layer(*args, nonlinearity=self.nonlinearity)
+        h = ops.rnn_step(self.nonlinearity, input, *args)
+        return (h,) if h is not None else ops.rnn_layer(input.unsqueeze(0), *args, nonlinearity=self.nonlinearity)[1:]
 
 
 class GRUCell(_Cell):
@@ -146,8 +147,8 @@ class GRUCell(_Cell):
         """Takes what torch.nn.GRUCell takes."""
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
-    def _op(self, *args: Any) -> tuple[Tensor, ...]:
-        return ops.gru_layer(*args)
+    def _op(self, input: Tensor, *args: Any) -> Sequence[Tensor]:
+        return ops.gru_layer(input.unsqueeze(0), *args)[1:]
 
 
 class LSTMCell(_Cell):
@@ -187,8 +188,8 @@ class LSTMCell(_Cell):
         """Takes what torch.nn.LSTMCell takes."""
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
-    def _op(self, *args: Any) -> tuple[Tensor, ...]:
-        return ops.lstm_layer(*args)
+    def _op(self, input: Tensor, *args: Any) -> Sequence[Tensor]:
+        return ops.lstm_layer(input.unsqueeze(0), *args)[1:]
 
     def _states(self, hx: Any) -> States:
         for index, state in enumerate(hx):

@@ -299,7 +299,7 @@ def _step_by_step(model: nn.Module, caller: str) -> Iterator[dict[str, list[_Ste
             if isinstance(module, (LayerStack, cells._Cell)):
                 recorder = _Recorder(module, name or type(module).__name__, steps)
                 stack.callback(delattr, module, "_op")
-                module._op = recorder.run  # type: ignore[assignment, method-assign]
+                module._op = recorder.run  # type: ignore[method-assign]
             if isinstance(module, LayerStack) and module.options.checkpoint is not None:
                 stack.callback(setattr, module, "options", module.options)
                 module.options = replace(module.options, checkpoint=None)  # it would call the operator in pieces
@@ -342,14 +342,15 @@ class _Recorder:
         reverse: bool = False,
         **options: Any,
     ) -> tuple[Tensor, ...]:
-        """Takes and returns what an operator of one layer and direction does."""
+        """Takes and returns what the module's `_op` does."""
+        input = input if self._is_stack else input.unsqueeze(0)
         weights, states = weights_and_states[:4], weights_and_states[4:]
         self._recorded.clear()
         results = run_in_chunks(
             self._run_step, 1, input, weights, states, batch_sizes=batch_sizes, reverse=reverse, **options
         )
         self._steps[next(self._labels)] += reversed(self._recorded) if reverse else self._recorded
-        return results
+        return results if self._is_stack else results[1:]
 
     def _run_step(
         self,
@@ -364,8 +365,10 @@ class _Recorder:
         weights, states = weights_and_states[:4], weights_and_states[4:]
         controls = {"lengths": lengths, "reset": reset, "h_mask": h_mask}
         given = {name: value for name, value in controls.items() if value is not None}
-        options_of_op = options | given | {"batch_sizes": batch_sizes} if self._is_stack else {}  # a cell has none
-        _, h, *rest = self._op(input, *weights, *states, **options_of_op)
+        if self._is_stack:
+            _, h, *rest = self._op(input, *weights, *states, batch_sizes=batch_sizes, **options, **given)
+        else:
+            h, *rest = self._op(input.squeeze(0), *weights, *states)
         if torch.is_grad_enabled() and not h.requires_grad:  # neither weights nor input need a gradient
             h.requires_grad_()
         n = input.size(-2)

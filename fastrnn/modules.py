@@ -14,7 +14,7 @@ from typing_extensions import Unpack  # a requirement of torch
 
 from fastrnn import ops
 from fastrnn.options import RecurrentOptions
-from fastrnn.stack import Device, LayerStack, States
+from fastrnn.stack import Device, LayerStack, States, is_tracing
 
 
 def _check_options(options: RecurrentOptions) -> None:
@@ -84,6 +84,12 @@ class RNN(LayerStack):
         self._set_options(options)
 
     def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        input, *others = args
+        is_plain = options.keys() == {"batch_sizes", "reverse"} and options["batch_sizes"] is None
+        if is_plain and torch.is_grad_enabled() and not is_tracing() and input.size(0) == 1:
+            h = ops.rnn_step(self.nonlinearity, input[0], *others)
+            if h is not None:
+                return h.clone().unsqueeze(0), h  # apart: one may be changed in place
         return ops.rnn_layer(*args, nonlinearity=self.nonlinearity, **options)
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:

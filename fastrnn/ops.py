@@ -117,6 +117,29 @@ def rnn_layer(
     return output, h_n
 
 
+def rnn_step(
+    nonlinearity: str,
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h: Tensor,
+) -> Tensor | None:
+    """One step (B, H) of `rnn_layer` by torch's own operators, or None where the layer is to be preferred.
+
+    On the CPU fusing a single step saves less than the call costs where the step is small, and less than a node of the
+    graph in Python costs where gradients are wanted.
+    """
+    step = _RNN_STEP.get(nonlinearity)
+    if step is None or not input.is_cpu or torch.compiler.is_compiling():
+        return None
+    arguments = (input, h, w_ih, w_hh, b_ih, b_hh)
+    is_small = input.size(0) * (w_ih.numel() + w_hh.numel()) < _STEP_WORTH_FUSING
+    wants_gradients = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+    return step(*arguments) if is_small or wants_gradients else None
+
+
 def gru_layer(
     input: Tensor,
     w_ih: Tensor | None,
@@ -470,6 +493,8 @@ def _slstm_definition(*arguments: Any) -> tuple[Tensor, ...]:
     return reference.slstm_layer(input, w_ih, w_hh, b_ih, b_hh, h0, c0, **options)
 
 
+_STEP_WORTH_FUSING = 1 << 16  # multiply-adds
+_RNN_STEP = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 _RNN = {
     nonlinearity: _h_operator(f"rnn_{nonlinearity}_layer", 0, 1, reference.rnn_layer, nonlinearity=nonlinearity)
     for nonlinearity in ("tanh", "relu", "leaky_relu")

@@ -304,14 +304,13 @@ class LayerStack(nn.RNNBase):
     def _run_layer(
         self,
         input: Tensor,
-        weights: Sequence[Tensor],
+        weights: Sequence[Any],
         states: States,
         controls: dict[str, Any],
         **where: Any,
     ) -> tuple[Tensor, ...]:
         """One direction of one layer: the output, the final states, and c of every step if `controls` ask for it."""
-        w_ih, w_hh, *rest = weights
-        b_ih, b_hh = (rest.pop(0), rest.pop(0)) if self.bias else (None, None)
+        w_ih, w_hh, b_ih, b_hh, *rest = weights if self.bias else (*weights[:2], None, None, *weights[2:])
         named = self._further_weights(rest)
         options = self.options
         if options is NO_OPTIONS and not controls:
