@@ -72,6 +72,8 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
                 path = _cuda_path(problem, kind, projected != hidden, dtype, data.device, beyond)
             else:
                 path = _cpu_path(problem | {"I": width, "P": projected} | _cell_problem(module))
+                if kind == "RNN" and T == 1 and not beyond:
+                    path += "; with gradients, and where B or H is small, torch's own operator for one step"
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
     return Explanation(tuple(lines), tuple(_notes(data, dtype)))
 

@@ -360,6 +360,8 @@ def test_explain_a_cell(name, device):
     explanation = fastrnn.explain(getattr(fastrnn, name)(3, 4, device=device), torch.randn(2, 3, device=device))
     assert len(explanation.layers) == 1
     assert explanation.layers[0].startswith(f"{name} (T=1 B=2 I=3 H=4 float32)")
+    is_left_to_torch = "torch's own operator for one step" in explanation.layers[0]
+    assert is_left_to_torch == (name == "RNNCell" and device.type == "cpu")
 
 
 def test_explain_sees_packing_and_autocast(device):
