@@ -122,6 +122,9 @@ def build(library: str, variant: str = "", root: Path = ROOT) -> Path:
     folder = root / "build" / "emulation" / "-".join(filter(None, (library, variant)))
     if root != ROOT and not folder.exists():
         shutil.copytree(build(library, variant).parent, folder)
+        for file in (root / "csrc").rglob("*.*"):
+            if file.read_bytes() != (ROOT / file.relative_to(root)).read_bytes():
+                file.touch()  # newer than what was compiled just now
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"lib{library}.so"
     with open(folder / "lock", "w") as lock:
