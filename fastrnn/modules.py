@@ -87,7 +87,7 @@ class RNN(LayerStack):
         input, *others = args
         is_plain = options.keys() == {"batch_sizes", "reverse"} and options["batch_sizes"] is None
         if is_plain and torch.is_grad_enabled() and not is_tracing() and input.size(0) == 1:
-            h = ops.rnn_step(self.nonlinearity, input[0], *others)
+            h = ops.rnn_step(self.nonlinearity, input.squeeze(0), *others)
             if h is not None:
                 return h.clone().unsqueeze(0), h  # apart: one may be changed in place
         return ops.rnn_layer(*args, nonlinearity=self.nonlinearity, **options)

@@ -276,7 +276,9 @@ class LayerStack(nn.RNNBase):
             initial = [self._zeros(input, batch)] * runs
         else:
             check_alike(input, "hidden", states)
-            initial = list(zip(*(state.unbind() for state in states), strict=True))
+            # The gradient of squeeze is a view, that of unbind copies.
+            by_run = ((state.squeeze(0),) if runs == 1 else state.unbind() for state in states)
+            initial = list(zip(*by_run, strict=True))
         check_alike(input, "parameter", weights)
 
         per_run = len(weights) // runs
