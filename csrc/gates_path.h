@@ -44,8 +44,8 @@ class OnDevice {
 // The one path of this build: FASTRNN_PATH may ask for no other.
 inline void check_path() {
   const char* path = std::getenv("FASTRNN_PATH");
-  check(!path || std::strcmp(path, "gates") == 0, "fastrnn: expected FASTRNN_PATH to be gates, got ", path ? path : "",
-        ": build with FASTRNN_PERSISTENT=1 for the persistent kernels");
+  check(!path || !*path || std::strcmp(path, "gates") == 0, "fastrnn: expected FASTRNN_PATH to be gates, got ",
+        path ? path : "", ": build with FASTRNN_PERSISTENT=1 for the persistent kernels");
 }
 #else
 inline void check_path() {}  // PersistentPath chooses

@@ -21,7 +21,7 @@ inline CudaForce forced_by_environment() {
     const char* value = std::getenv(name);
     return value ? std::atoi(value) : 0;
   };
-  if (const char* path = std::getenv("FASTRNN_PATH")) {
+  if (const char* path = std::getenv("FASTRNN_PATH"); path && *path) {
     const bool gates = std::strcmp(path, "gates") == 0;
     check(gates || std::strcmp(path, "persistent") == 0,
           "fastrnn: expected FASTRNN_PATH to be gates or persistent, got ", path);
