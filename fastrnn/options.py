@@ -124,14 +124,17 @@ def run_in_chunks(
     by_step = {name: arguments.pop(name) for name in ("reset", "zone_h", "zone_c") if arguments.get(name) is not None}
     lengths = arguments.pop("lengths", None)
     with_cells = arguments.get("return_cells", False)
-    chunks = [(begin, min(begin + steps, T)) for begin in range(0, T, steps)]
+    bounds = [(begin, min(begin + steps, T)) for begin in range(0, T, steps)]
+    rows_of = [slice(*bound) if batch_sizes is None else slice(ends[bound[0]], ends[bound[1]]) for bound in bounds]
+    # Split, not sliced: the gradient of each slice would be a tensor of the size of the whole input.
+    inputs = torch.split(input, [rows.stop - rows.start for rows in rows_of])
+    chunks = list(zip(bounds, rows_of, inputs, strict=True))
     results: list[list[Tensor]] = []
-    for begin, end in reversed(chunks) if reverse else chunks:
-        rows = slice(begin, end) if batch_sizes is None else slice(ends[begin], ends[end])
+    for (begin, end), rows, chunk in reversed(chunks) if reverse else chunks:
         if lengths is not None:
             arguments["lengths"] = (lengths - begin).clamp(0, end - begin)
         output, *rest = layer(
-            *(input[rows], *weights, *states),
+            *(chunk, *weights, *states),
             batch_sizes=None if batch_sizes is None else batch_sizes[begin:end],
             reverse=reverse,
             recompute=True,
