@@ -316,7 +316,7 @@ class LSTM(LayerStack):
     def _further_weights(self, weights: list[Tensor]) -> dict[str, Any]:
         named = super()._further_weights(weights)
         if self.layer_norm and not self.bias:
-            named["layer_norm"] = [*weights, None]
+            named["layer_norm"] = [*named["layer_norm"], None]
         return named | {"w_peephole": weights[-1]} if self.peephole else named
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:

@@ -136,7 +136,7 @@ class LayerStack(nn.RNNBase):
         super().reset_parameters()
         for name, parameter in self.named_parameters():
             if name.startswith(("gain_", "bias_c_")):
-                nn.init.constant_(parameter, name.startswith("gain_"))
+                nn.init.constant_(parameter, 1.0 if name.startswith("gain_") else 0.0)
 
     def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         """Runs one direction of one layer: the output, and the states after the last step."""
@@ -328,8 +328,9 @@ class LayerStack(nn.RNNBase):
 
     def _further_weights(self, weights: list[Tensor]) -> dict[str, Any]:
         """The weights of a run after those of the gates, by the names of the operator."""
-        named: dict[str, Any] = {"w_hr": weights.pop(0)} if self.proj_size > 0 else {}
-        return named | {"layer_norm": weights} if self.layer_norm else named
+        first = 1 if self.proj_size > 0 else 0
+        named: dict[str, Any] = {"w_hr": weights[0]} if first else {}
+        return named | {"layer_norm": weights[first:]} if self.layer_norm else named
 
     def _zeros(self, input: Tensor, batch: int) -> States:
         """The initial states of one direction of one layer."""
