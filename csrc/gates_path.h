@@ -130,7 +130,8 @@ struct GatesPath {
     const Tensor h_gates = empty(l.input, {l.B, C::kGates * l.H}, t);
     const Tensor w_hh_t = transposed(first_weight(l));
     const Tensor output = flat(r.output, l.N);
-    const MaybeTensor m = l.w_hr && !save ? MaybeTensor(empty(l.input, {l.B, l.H}, t)) : std::nullopt;
+    MaybeTensor unprojected = r.saved_m;
+    if (l.w_hr && !save) unprojected = empty(l.input, {l.B, l.H}, t);
     const bool changes_h = l.h_mask || l.reset;  // before the product
     const MaybeTensor h_in = changes_h && !r.h_in ? MaybeTensor(empty(l.input, {l.B, l.P}, t)) : std::nullopt;
 
@@ -151,8 +152,7 @@ struct GatesPath {
         second->forward(l, s, r, x_gates, products, h, output, device);
         continue;
       }
-      const MaybeTensor unprojected = r.saved_m ? r.saved_m : m;
-      const int64_t m_row = r.saved_m ? row : 0;
+      const int64_t m_row = save ? row : 0;
       dispatch_storage(t, [&](auto types) {
         using T = typename decltype(types)::storage;
         using A = typename decltype(types)::acc;
