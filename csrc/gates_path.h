@@ -197,11 +197,13 @@ struct GatesPath {
   // The rest of a step of a cell that resets before, and what it sets aside.
   struct SecondProduct {
     Tensor z, m, product;  // [B, H]
+    Tensor weight_t;       // [H, H]
 
     explicit SecondProduct(const Layer& l)
         : z(empty(l.input, {l.B, l.H}, acc_dtype(l.storage))),
           m(empty(l.input, {l.B, l.H}, l.storage)),
-          product(empty(l.input, {l.B, l.H}, l.storage)) {}
+          product(empty(l.input, {l.B, l.H}, l.storage)),
+          weight_t(transposed(second_weight(l))) {}
 
     void forward(const Layer& l, int64_t s, const ForwardResult& r, const Tensor& x_gates, const Tensor& h_gates,
                  const Tensor& h_in, const Tensor& output, const OnDevice& device) const {
@@ -213,7 +215,7 @@ struct GatesPath {
         const ResetForward<T, A> gates{l.H, at<T>(x_gates, row), in<T>(h_gates), in<T>(h_in),
                                        c,   out<A>(z),           out<T>(m),      to<T>(r.saved_gates, row)};
         check_launch(launch_update_h(count, l.H, gates, device.stream()));
-        mm_out(rows(product, 0, count), rows(m, 0, count), transposed(second_weight(l)));
+        mm_out(rows(product, 0, count), rows(m, 0, count), weight_t);
         const ResetFinish<T, A> finish{
             l.H,           at<T>(x_gates, row),      in<T>(product), in<T>(r.h_n), in<A>(z), c, to<T>(output, row),
             out<T>(r.h_n), to<T>(r.saved_gates, row)};
