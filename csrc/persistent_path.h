@@ -33,20 +33,30 @@ inline CudaForce forced_by_environment() {
   return force;
 }
 
-// TF32 is used where FASTRNN_TF32=1 allows it.
+// What the type of the arguments asks for. torch's switch may turn fp32 into tf32.
 inline Arithmetic arithmetic(ScalarType storage) {
   switch (storage) {
     case ScalarType::Half:
       return Arithmetic::fp16;
     case ScalarType::BFloat16:
       return Arithmetic::bf16;
-    case ScalarType::Float: {
-      const char* tf32 = std::getenv("FASTRNN_TF32");
-      return tf32 && std::strcmp(tf32, "1") == 0 ? Arithmetic::tf32 : Arithmetic::fp32;
-    }
+    case ScalarType::Float:
+      return Arithmetic::fp32;
     default:
       return Arithmetic::fp64;
   }
+}
+
+// torch's switch of TF32 in recurrent layers is beyond its stable interface, so that it is asked through an operator:
+// fastrnn/_library.py implements it for Python with a key that goes before this one. A program without Python says it
+// by FASTRNN_TF32=1.
+inline bool environment_allows_tf32() {
+  const char* value = std::getenv("FASTRNN_TF32");
+  return value && std::strcmp(value, "1") == 0;
+}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn, m) { m.def("allows_tf32() -> bool"); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeImplicitAutograd, m) {
+  m.impl("allows_tf32", TORCH_BOX(&environment_allows_tf32));
 }
 
 inline void check_no_failure() {
@@ -104,7 +114,7 @@ struct PersistentPath : GatesPath<Cell> {
     const CudaPlan plan = plan_for(l, cells, Pass::forward);
     if constexpr (kHasPersistentKernel<Cell>) {
       if (plan.path == CudaPath::persistent) {
-        if (const auto r = forward(l, save, plan.tiling, device)) return *r;
+        if (const auto r = forward(l, save, plan, device)) return *r;
       }
     }
     return Gates::forward(l, save, cells);
@@ -115,7 +125,7 @@ struct PersistentPath : GatesPath<Cell> {
     const CudaPlan plan = plan_for(l, d.cells.has_value(), Pass::backward);
     if constexpr (kHasPersistentKernel<Cell>) {
       if (plan.path == CudaPath::persistent) {
-        if (const auto g = backward(l, saved, d, plan.tiling, device)) return *g;
+        if (const auto g = backward(l, saved, d, plan, device)) return *g;
       }
     }
     return Gates::backward(l, saved, d);
@@ -123,8 +133,7 @@ struct PersistentPath : GatesPath<Cell> {
 
  private:
   // Nothing where the device refuses the launch.
-  static std::optional<ForwardResult> forward(const Layer& l, bool save, const PersistentTiling& tiling,
-                                              const OnDevice& device) {
+  static std::optional<ForwardResult> forward(const Layer& l, bool save, const CudaPlan& plan, const OnDevice& device) {
     check_no_failure();
     const ScalarType t = l.storage;
     ForwardResult r;
@@ -135,21 +144,21 @@ struct PersistentPath : GatesPath<Cell> {
     if (save && C::kStates == 2) r.saved_c = empty(l.input, {l.N, l.H}, ScalarType::Float);
 
     const Tensor x_gates = flat(dense(l.w_ih ? linear(l.input, *l.w_ih, l.b_ih) : l.input), l.N);
-    const Workspace workspace(l, tiling, device);
+    const Workspace workspace(l, plan.tiling, device);
     const CudaStatus status = dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
       return launch_persistent_forward<Cell, T>(
-          {workspace.steps(l), l.H, tiling, in<T>(x_gates), in<T>(l.w_hh), in<T>(l.b_hh), in<T>(l.h0), in<T>(l.c0),
+          {workspace.steps(l), l.H, plan.tiling, in<T>(x_gates), in<T>(l.w_hh), in<T>(l.b_hh), in<T>(l.h0), in<T>(l.c0),
            out<T>(r.output), out<T>(r.h_n), out<T>(r.c_n), out<T>(r.saved_gates), out<float>(r.saved_c),
            out<void>(workspace.exchange), failure_word()},
-          arithmetic(t), device.stream());
+          plan.arithmetic, device.stream());
     });
     if (!launched(status)) return std::nullopt;
     return r;
   }
 
   static std::optional<GateGradients> backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d,
-                                               const PersistentTiling& tiling, const OnDevice& device) {
+                                               const CudaPlan& plan, const OnDevice& device) {
     check_no_failure();
     const ScalarType t = l.storage;
     const auto prepare = [](const MaybeTensor& d) { return d ? MaybeTensor(dense(*d)) : std::nullopt; };
@@ -160,15 +169,15 @@ struct PersistentPath : GatesPath<Cell> {
     g.d_h0 = empty(l.input, {l.B, l.H}, t);
     if (C::kStates == 2) g.d_c0 = empty(l.input, {l.B, l.H}, t);
 
-    const Workspace workspace(l, tiling, device);
+    const Workspace workspace(l, plan.tiling, device);
     const CudaStatus status = dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
       return launch_persistent_backward<Cell, T>(
-          {workspace.steps(l), l.H, tiling, in<T>(l.w_hh), in<T>(l.h0), in<T>(l.c0), in<T>(saved.output),
+          {workspace.steps(l), l.H, plan.tiling, in<T>(l.w_hh), in<T>(l.h0), in<T>(l.c0), in<T>(saved.output),
            in<T>(saved.saved_gates), in<float>(saved.saved_c), in<T>(d_out), in<T>(d_h), in<T>(d_c),
            out<T>(g.d_x_gates), out<T>(g.d_h_gates), out<T>(g.d_h0), out<T>(g.d_c0), out<void>(workspace.exchange),
            failure_word()},
-          arithmetic(t), device.stream());
+          plan.arithmetic, device.stream());
     });
     if (!launched(status)) return std::nullopt;
     return g;
@@ -176,10 +185,15 @@ struct PersistentPath : GatesPath<Cell> {
 
   static CudaPlan plan_for(const Layer& l, bool cells, Pass pass) {
     const CudaForce force = forced_by_environment();
-    CudaPlan plan = plan_cuda({l.T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass},
-                              cuda_device(), force);
-    if (!kHasPersistentKernel<Cell>) plan = {CudaPath::gates, {}, "this cell has no persistent kernel"};
-    if (l.is_controlled || cells) plan = {CudaPath::gates, {}, "persistent kernels leave the states alone"};
+    const CudaDevice device = cuda_device();
+    CudaProblem p{l.T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass};
+    if (p.arithmetic == Arithmetic::fp32 && !reason_for_gates(p, device, force) &&
+        call<bool>("fastrnn::allows_tf32", "")) {
+      p.arithmetic = Arithmetic::tf32;
+    }
+    CudaPlan plan = plan_cuda(p, device, force);
+    if (!kHasPersistentKernel<Cell>) plan = {CudaPath::gates, "this cell has no persistent kernel"};
+    if (l.is_controlled || cells) plan = {CudaPath::gates, "persistent kernels leave the states alone"};
     check(plan.path == CudaPath::persistent || force.path != CudaPath::persistent,
           "fastrnn: FASTRNN_PATH=persistent cannot serve this layer: ", plan.reason);
     return plan;

@@ -155,8 +155,10 @@ struct PersistentTiling {
 
 struct CudaPlan {
   CudaPath path;
-  PersistentTiling tiling;  // of the path "persistent"
   const char* reason;
+  // of the path "persistent"
+  PersistentTiling tiling = {};
+  Arithmetic arithmetic = {};
 };
 
 // 16-row tiles of the weight that a warp owns, and groups of packets whose weights it holds in registers: 8 registers
@@ -255,17 +257,23 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   return best;
 }
 
+// Why the path "gates" serves, whether or not the weight fits on the chip; null where that alone decides. fp32 and tf32
+// have the same reasons.
+inline const char* reason_for_gates(const CudaProblem& p, const CudaDevice& device, const CudaForce& force) {
+  if (force.path == CudaPath::gates) return "forced";
+  if (p.arithmetic == Arithmetic::fp64) return "float64 has no persistent kernel";
+  if (p.projection) return "a projection has no persistent kernel";
+  if (device.capability < 80) return "persistent kernels need sm_80 or later";
+  if (p.T == 0 || p.B == 0) return "there is nothing to compute";
+  if (!force.path) return "no persistent kernel has been measured on a device of this class yet";
+  return nullptr;
+}
+
 inline CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const CudaForce& force = {}) {
-  const auto gates = [](const char* reason) { return CudaPlan{CudaPath::gates, {}, reason}; };
-  if (force.path == CudaPath::gates) return gates("forced");
-  if (p.arithmetic == Arithmetic::fp64) return gates("float64 has no persistent kernel");
-  if (p.projection) return gates("a projection has no persistent kernel");
-  if (device.capability < 80) return gates("persistent kernels need sm_80 or later");
-  if (p.T == 0 || p.B == 0) return gates("there is nothing to compute");
-  if (!force.path) return gates("no persistent kernel has been measured on a device of this class yet");
+  if (const char* reason = reason_for_gates(p, device, force)) return {CudaPath::gates, reason};
   const auto tiling = persistent_tiling(p, device, force);
-  if (!tiling) return gates("the recurrent weight does not fit on the chip");
-  return {CudaPath::persistent, *tiling, "forced"};
+  if (!tiling) return {CudaPath::gates, "the recurrent weight does not fit on the chip"};
+  return {CudaPath::persistent, "forced", *tiling, p.arithmetic};
 }
 
 }  // namespace fastrnn

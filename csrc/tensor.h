@@ -43,11 +43,11 @@ inline void check_torch(AOTITorchError error) {
   check(false, what ? what : "fastrnn: a call into torch failed; torch printed why to the standard error");
 }
 
-template <typename... Args>
-Tensor call(const char* op, const char* overload, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+template <typename Result = Tensor, typename... Args>
+Result call(const char* op, const char* overload, const Args&... args) {
+  std::array<StableIValue, std::max<size_t>(sizeof...(Args), 1)> stack{torch::stable::detail::from(args)...};
   check_torch(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::detail::to<Result>(stack[0]);
 }
 
 // The types of torch by their numbers: Tensor::scalar_type tries one after another.

@@ -33,6 +33,17 @@ def load() -> None:
         torch.ops.load_library(path())  # type: ignore[no-untyped-call]
     except OSError as error:
         raise _failure(f"the compiled library {path()} does not load here ({error.__cause__ or error})") from error
+    # For the persistent CUDA kernels. Where there are none nobody asks.
+    torch.library.impl("fastrnn::allows_tf32", "CompositeExplicitAutograd", allows_tf32)
+
+
+def allows_tf32() -> bool:
+    """Whether torch lets recurrent layers in float32 multiply in TF32 on CUDA, as it tells cuDNN.
+
+    The newer of torch's two switches: it follows the older one, `torch.backends.cudnn.allow_tf32`, which raises where
+    both were used.
+    """
+    return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def _failure(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import _C, cells, modules
+from fastrnn import _C, _library, cells, modules
 from fastrnn.options import NO_OPTIONS
 from fastrnn.stack import LayerStack
 
@@ -139,7 +139,7 @@ def _cuda_path(
         return "no path, a call raises: FASTRNN_PATH=persistent, built without FASTRNN_PERSISTENT=1"
     gpu = torch.cuda.get_device_properties(device)
     arithmetic = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}.get(dtype, "fp32")
-    if arithmetic == "fp32" and os.environ.get("FASTRNN_TF32") == "1":
+    if arithmetic == "fp32" and _library.allows_tf32():
         arithmetic = "tf32"
     forward, backward = (
         _C.plan_cuda(
@@ -158,9 +158,10 @@ def _cuda_path(
     path, reason = ("gates", f"{beyond} has no persistent kernel") if beyond else (forward.path, forward.reason)
     if path != (forced or path):
         return f"no path, a call raises: FASTRNN_PATH={forced} cannot serve this layer: {reason}"
+    rounding = ", products in TF32" if arithmetic == "tf32" else ""
     what = {
         "gates": "a matrix product and a fused gate kernel per step",
-        "persistent": f"one kernel for the whole sequence, {forward.teams} teams of {forward.blocks} blocks",
+        "persistent": f"one kernel for the whole sequence{rounding}, {forward.teams} teams of {forward.blocks} blocks",
     }[path]
     if path != "gates" and backward.path != path:
         what += f"; backward {'raises' if forced else 'takes path gates'}: {backward.reason}"

@@ -407,6 +407,9 @@ def test_explain_a_cuda_path(path, module, text, monkeypatch):
     with FakeTensorMode():
         input = torch.empty(5, 2, 3, device="cuda", dtype=module.weight_hh_l0.dtype)
     assert text in fastrnn.explain(module, input).layers[0]
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    rounds = path == "persistent" and "path persistent" in text and input.dtype == torch.float32
+    assert ("products in TF32" in fastrnn.explain(module, input).layers[0]) == rounds
 
 
 def test_explain_a_build_without_kernels(monkeypatch):

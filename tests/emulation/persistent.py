@@ -6,7 +6,11 @@ large for here.
 """
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,9 +18,10 @@ import pytest
 import torch
 from parity import CELLS, LayerCase, check_layer_parity, check_second_order
 from tolerances import error
+from torch import Tensor
 
 import fastrnn
-from fastrnn import ops, reference
+from fastrnn import _library, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
@@ -35,6 +40,10 @@ class Tiling(NamedTuple):
 
 TILINGS = [Tiling(1, 1), Tiling(2, 2), Tiling(2, 4), Tiling(3, 3)]
 Force = Callable[[Tiling], None]
+
+
+def allow_tf32(allowed: bool) -> None:
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
 
 
 @pytest.fixture
@@ -83,10 +92,10 @@ def test_shapes(case, tiling, force):
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize("arithmetic", ["fp32", "tf32", "bf16", "fp16"])
-def test_integers_are_exact(arithmetic, tiling, force, monkeypatch):
+def test_integers_are_exact(arithmetic, tiling, force):
     """No rounding happens, so any order of summation gives the same bits; a wrong row or unit is a wrong integer."""
     force(tiling)
-    monkeypatch.setenv("FASTRNN_TF32", str(int(arithmetic == "tf32")))
+    allow_tf32(arithmetic == "tf32")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arithmetic, torch.float32)
 
     def integers(shape, *, generator, dtype):
@@ -112,10 +121,10 @@ def test_integers_are_exact(arithmetic, tiling, force, monkeypatch):
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])  # the gradient of relu jumps
-def test_tf32(cell, tiling, force, monkeypatch):
+def test_tf32(cell, tiling, force):
     """Operands are rounded to 11 bits, sums are not: errors are those of half precision operands, no more."""
     force(tiling)
-    monkeypatch.setenv("FASTRNN_TF32", "1")
+    allow_tf32(True)
     case = LayerCase(cell, 4, 3, 5, 21, packed=True)
     arguments = case.draw()
     double = {name: t if t is None else t.double() for name, t in arguments.items()}
@@ -123,6 +132,49 @@ def test_tf32(cell, tiling, force, monkeypatch):
     for is_grad, ours, expected in zip((False, True), results, truth, strict=True):
         for name in expected:
             assert 1e-6 < error(ours[name], expected[name], is_grad) < 4 * 2**-11, name
+
+
+@pytest.mark.parametrize("switch", ["cudnn.allow_tf32", "cudnn.fp32_precision", "cudnn.rnn.fp32_precision", "mixed"])
+def test_torch_decides_on_tf32(switch, force, monkeypatch):
+    """By each of its switches, asked in forward and again in backward, from any thread."""
+    force(Tiling(3, 2))
+    case = LayerCase("lstm", 4, 3, 5, 21)
+    leaves = {name: tensor if tensor is None else tensor.requires_grad_() for name, tensor in case.draw().items()}
+
+    def allow(allowed: bool) -> None:
+        precision, cudnn = "tf32" if allowed else "ieee", torch.backends.cudnn
+        if switch == "cudnn.allow_tf32":
+            cudnn.allow_tf32 = allowed
+        if switch == "cudnn.fp32_precision":
+            cudnn.rnn.fp32_precision = "none"
+            monkeypatch.setattr(cudnn, "fp32_precision", precision)
+        if switch == "mixed":  # torch refuses to read the older switch from here on
+            cudnn.allow_tf32 = not allowed
+        if switch in ("cudnn.rnn.fp32_precision", "mixed"):
+            cudnn.rnn.fp32_precision = precision
+
+    def run(forward: bool, backward: bool) -> tuple[Tensor, Tensor]:
+        allow(forward)
+        output = case.call(ops, leaves)["output"]
+        allow(backward)
+        return output.detach(), torch.autograd.grad(output.sum(), leaves["h0"])[0]
+
+    with ThreadPoolExecutor(1) as thread:
+        neither, backward, both = (
+            thread.submit(run, *allowed).result() for allowed in ((False, False), (False, True), (True, True))
+        )
+    assert torch.equal(neither[0], backward[0])
+    for one, other in ((neither[0], both[0]), (neither[1], backward[1])):
+        assert not torch.allclose(one, other, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=0, atol=4 * 2**-11)
+
+
+@pytest.mark.parametrize("value", ["", "1"])
+def test_programs_without_python_decide_on_tf32(value):
+    asked = f"import torch; torch.ops.load_library({str(_library.path())!r}); print(torch.ops.fastrnn.allows_tf32())"
+    environment = os.environ | {"FASTRNN_TF32": value}
+    said = subprocess.run([sys.executable, "-c", asked], env=environment, text=True, capture_output=True, check=True)
+    assert said.stdout.strip() == str(value == "1")
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
