@@ -56,7 +56,7 @@ struct CpuPath {
     return r;
   }
 
-  static GateGradients backward(const Layer& l, const ForwardResult& r, const ResultGradients& d) {
+  static GateGradients backward(const Layer& l, const ForwardResult& r, const ResultGradients& d, bool need_states) {
     using C = Cell<float>;
     const ScalarType t = compute(l.storage), acc = acc_dtype(t);
     const auto prepare = [](const MaybeTensor& x, ScalarType type) -> MaybeTensor {
@@ -94,6 +94,7 @@ struct CpuPath {
                                       in<T>(d_h_n),
                                       in<T>(d_c_n),
                                       in<S>(d_cells),
+                                      need_states,
                                       out<S>(g.d_x_gates),
                                       out<S>(g.d_h_gates),
                                       out<S>(g.d_projected),

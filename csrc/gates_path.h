@@ -239,7 +239,8 @@ struct GatesPath {
     });
   }
 
-  static GateGradients backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d) {
+  static GateGradients backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d,
+                                bool need_states) {
     const OnDevice device(l.input);
     const ScalarType t = l.storage, acc = acc_dtype(t);
     const auto carried = [&](const std::vector<int64_t>& sizes, const MaybeTensor& d_final) {
@@ -270,7 +271,7 @@ struct GatesPath {
                      l.c0 ? MaybeTensor(to_dtype(*l.c0, acc)) : std::nullopt, empty(l.input, {l.B, l.P}, t),
                      // The kernel's carry with a projection, which has another width.
                      l.w_hr ? MaybeTensor(empty(l.input, {l.B, l.H}, acc)) : std::nullopt, make_scratch(l), device};
-    for (int64_t s = l.T - 1; s >= 0; --s) b.step(s);
+    for (int64_t s = l.T - 1; s >= 0; --s) b.step(s, s > 0 || need_states);
     return g;
   }
 
@@ -361,7 +362,8 @@ struct GatesPath {
     // itself.
     bool folds() const { return l.w_hr || l.lengths || l.reset || l.h_mask || l.grad_clip != 0 || kTwoProducts; }
 
-    void step(int64_t s) const {
+    // goes_on: whether the gradient that leaves the step is wanted.
+    void step(int64_t s, bool goes_on) const {
       const int64_t row = l.row_begin[l.steps.time(s)], count = l.steps.count(s);
       const int64_t started = std::min(l.steps.count(s - 1), count);                 // rows with a step before
       const int64_t going_on = folds() ? 0 : std::min(l.steps.count(s + 1), count);  // rows with a product to add
@@ -377,6 +379,7 @@ struct GatesPath {
         if (begin < end) gates(s, row, begin, end, begin < started, begin < going_on ? MaybeTensor(products) : d_m);
         begin = end;
       }
+      if (!goes_on) return;
       mm_out(rows(products, 0, count), rows(g.d_h_gates, row, count), first_weight(l));
       leave(s, folds() ? 0 : started, count);
     }

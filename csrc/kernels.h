@@ -154,6 +154,7 @@ struct SequenceBackward {
   const acc_t* d_h_n;           // [B, P] or null: zero
   const acc_t* d_c_n;           // [C, B, H] or null: zero
   const scalar_t* d_cells;      // [R, H] or null: zero
+  bool need_states;             // whether d_h0 and d_c0 are wanted; else they are left unfinished
   // outputs
   scalar_t* d_x_gates;    // [N, G*H]; of a cell that resets before [N, 3*H]
   scalar_t* d_h_gates;    // [N, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer

@@ -68,17 +68,15 @@ struct Operator {
   }
 
   struct Gradients {
-    MaybeTensor input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell;
-    Tensor h0;
-    MaybeTensor c0;
+    MaybeTensor input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0;
   };
 
   static Gradients backward(const Arguments& a, const ForwardResult& saved, const ResultGradients& d, bool need_input,
-                            bool need_weights) {
+                            bool need_weights, bool need_states) {
     a.check_all(kFacts<Cell>);
     const ScalarType storage = a.input.scalar_type();
     const Layer layer(a, kFacts<Cell>.gates, P::compute(storage), P::kSorts);
-    const GateGradients g = P::backward(layer, saved, d);
+    const GateGradients g = P::backward(layer, saved, d, need_states);
     const auto store = [&](const Tensor& t) { return to_dtype(t, storage); };
 
     Gradients r;
@@ -96,8 +94,10 @@ struct Operator {
       if (layer.w_hr) r.w_hr = store(P::projection_gradient(layer, g, saved));
       if constexpr (C::kParameters > 0) r.w_cell = store(P::parameter_gradient(layer, g, saved));
     }
-    r.h0 = store(g.d_h0);
-    if (g.d_c0) r.c0 = store(*g.d_c0);
+    if (need_states) {
+      r.h0 = store(g.d_h0);
+      if (g.d_c0) r.c0 = store(*g.d_c0);
+    }
     return r;
   }
 };
@@ -134,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> h_layer_backw
     const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const Tensor& input, const MaybeTensor& w_ih,
     const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, const MaybeTensor& w_cell, const Tensor& h0,
     const MaybeTensor& batch_sizes, bool reverse, const Tensor& output, const MaybeTensor& saved_gates,
-    const MaybeTensor& h_in, bool need_input, bool need_weights, const MaybeTensor& lengths, const MaybeTensor& reset,
-    const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip) {
+    const MaybeTensor& h_in, bool need_input, bool need_weights, bool need_states, const MaybeTensor& lengths,
+    const MaybeTensor& reset, const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip) {
   ForwardResult saved;
   saved.output = output;
   saved.saved_gates = saved_gates;
@@ -154,14 +154,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> h_layer_backw
                                                  reverse,
                                                  {lengths, reset, h_mask, zone_h, std::nullopt, grad_clip}},
                                                 saved, {grad_output, grad_h_n, std::nullopt, std::nullopt}, need_input,
-                                                need_weights);
-  return {or_nothing(g.input, input),
-          or_nothing(g.w_ih, input),
-          or_nothing(g.w_hh, input),
-          or_nothing(g.b_ih, input),
-          or_nothing(g.b_hh, input),
-          or_nothing(g.w_cell, input),
-          g.h0};
+                                                need_weights, need_states);
+  return {or_nothing(g.input, input), or_nothing(g.w_ih, input),   or_nothing(g.w_hh, input), or_nothing(g.b_ih, input),
+          or_nothing(g.b_hh, input),  or_nothing(g.w_cell, input), or_nothing(g.h0, input)};
 }
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
@@ -195,38 +190,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const MaybeTensor& b_ih, const MaybeTensor& b_hh, const MaybeTensor& w_hr, const MaybeTensor& w_cell,
     const Tensor& h0, const Tensor& c0, const MaybeTensor& batch_sizes, bool reverse, const Tensor& output,
     const MaybeTensor& saved_gates, const MaybeTensor& saved_c, const MaybeTensor& saved_m, const MaybeTensor& h_in,
-    bool need_input, bool need_weights, const MaybeTensor& lengths, const MaybeTensor& reset, const MaybeTensor& h_mask,
-    const MaybeTensor& zone_h, double grad_clip, const MaybeTensor& zone_c, bool return_cells) {
+    bool need_input, bool need_weights, bool need_states, const MaybeTensor& lengths, const MaybeTensor& reset,
+    const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip, const MaybeTensor& zone_c,
+    bool return_cells) {
   ForwardResult saved;
   saved.output = output;
   saved.saved_gates = saved_gates;
   saved.saved_c = saved_c;
   saved.saved_m = saved_m;
   saved.h_in = h_in;
-  const auto g = Operator<Cell, Path>::backward(
-      {kName<Cell>,
-       input,
-       w_ih,
-       w_hh,
-       b_ih,
-       b_hh,
-       w_hr,
-       w_cell,
-       h0,
-       c0,
-       batch_sizes,
-       reverse,
-       {lengths, reset, h_mask, zone_h, zone_c, grad_clip}},
-      saved, {grad_output, grad_h_n, grad_c_n, return_cells ? grad_cells : std::nullopt}, need_input, need_weights);
-  return {or_nothing(g.input, input),
-          or_nothing(g.w_ih, input),
-          or_nothing(g.w_hh, input),
-          or_nothing(g.b_ih, input),
-          or_nothing(g.b_hh, input),
-          or_nothing(g.w_hr, input),
-          or_nothing(g.w_cell, input),
-          g.h0,
-          *g.c0};
+  const auto g =
+      Operator<Cell, Path>::backward({kName<Cell>,
+                                      input,
+                                      w_ih,
+                                      w_hh,
+                                      b_ih,
+                                      b_hh,
+                                      w_hr,
+                                      w_cell,
+                                      h0,
+                                      c0,
+                                      batch_sizes,
+                                      reverse,
+                                      {lengths, reset, h_mask, zone_h, zone_c, grad_clip}},
+                                     saved, {grad_output, grad_h_n, grad_c_n, return_cells ? grad_cells : std::nullopt},
+                                     need_input, need_weights, need_states);
+  return {or_nothing(g.input, input),  or_nothing(g.w_ih, input), or_nothing(g.w_hh, input),
+          or_nothing(g.b_ih, input),   or_nothing(g.b_hh, input), or_nothing(g.w_hr, input),
+          or_nothing(g.w_cell, input), or_nothing(g.h0, input),   or_nothing(g.c0, input)};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +244,7 @@ void define(Library& m, const std::string& name) {
             .c_str());
   m.def((name + "_layer_backward(Tensor? grad_output, Tensor? grad_h_n, " +
          (has_c ? "Tensor? grad_c_n, Tensor? grad_cells, " : "") + floats + "Tensor output, " + saved +
-         ", bool need_input, bool need_weights, " + controls +
+         ", bool need_input, bool need_weights, bool need_states, " + controls +
          ") -> (Tensor grad_input, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh, " +
          (has_c ? "Tensor grad_w_hr, Tensor grad_w_cell, Tensor grad_h0, Tensor grad_c0)"
                 : "Tensor grad_w_cell, Tensor grad_h0)"))

@@ -120,7 +120,8 @@ struct PersistentPath : GatesPath<Cell> {
     return Gates::forward(l, save, cells);
   }
 
-  static GateGradients backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d) {
+  static GateGradients backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d,
+                                bool need_states) {
     const OnDevice device(l.input);
     const CudaPlan plan = plan_for(l, d.cells.has_value(), Pass::backward);
     if constexpr (kHasPersistentKernel<Cell>) {
@@ -128,7 +129,7 @@ struct PersistentPath : GatesPath<Cell> {
         if (const auto g = backward(l, saved, d, plan, device)) return *g;
       }
     }
-    return Gates::backward(l, saved, d);
+    return Gates::backward(l, saved, d, need_states);
   }
 
  private:

@@ -149,7 +149,7 @@ def _differentiable_backward(operator: Operator, *arguments: Any) -> Gradients:
 def _options_and_tensors(operator: Operator, arguments: Sequence[Any]) -> tuple[Any, ...]:
     """What Operator.gradients takes, from the arguments of the operator's backward."""
     tensors = operator.results + operator.floats
-    controls = tensors + 3 + operator.saved + 2
+    controls = tensors + 3 + operator.saved + 3
     return [*arguments[tensors : tensors + 2], *arguments[controls:]], *arguments[:tensors]
 
 
@@ -197,6 +197,7 @@ class _FastrnnLayer(torch.autograd.Function):
             *saved,
             needed[0],
             any(needed[1:first_state]),
+            any(needed[first_state : operator.floats]),
             *controls,
         )
         none = [None] * (3 + len(controls))

@@ -410,29 +410,31 @@ def _h_layer_fake(saved: int, gates: int) -> Callable[..., tuple[Tensor | None, 
 
 
 def _gradients_fake(
-    inputs: Sequence[Tensor | None], states: Sequence[Tensor], need_input: bool, need_weights: bool
+    inputs: Sequence[Tensor | None], states: Sequence[Tensor], need_input: bool, need_weights: bool, need_states: bool
 ) -> tuple[Tensor, ...]:
     input, *weights = inputs
     assert input is not None
     return (
         input.new_empty(input.shape if need_input else 0),
         *(input.new_empty(0 if w is None or not need_weights else w.shape) for w in weights),
-        *(state.new_empty(state.shape) for state in states),
+        *(state.new_empty(state.shape if need_states else 0) for state in states),
     )
 
 
 def _c_layer_backward_fake(  # type: ignore[no-untyped-def]
     grad_output, grad_h_n, grad_c_n, grad_cells, input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes,
-    reverse, output, saved_gates, saved_c, saved_m, h_in, need_input, need_weights, *controls,
+    reverse, output, saved_gates, saved_c, saved_m, h_in, need_input, need_weights, need_states, *controls,
 ):  # fmt: skip
-    return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell), (h0, c0), need_input, need_weights)
+    needed = (need_input, need_weights, need_states)
+    return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell), (h0, c0), *needed)
 
 
 def _h_layer_backward_fake(  # type: ignore[no-untyped-def]
     grad_output, grad_h_n, input, w_ih, w_hh, b_ih, b_hh, w_cell, h0, batch_sizes, reverse, output, saved_gates, h_in,
-    need_input, need_weights, *controls,
+    need_input, need_weights, need_states, *controls,
 ):  # fmt: skip
-    return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh, w_cell), (h0,), need_input, need_weights)
+    needed = (need_input, need_weights, need_states)
+    return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh, w_cell), (h0,), *needed)
 
 
 # The operators.

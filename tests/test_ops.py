@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The registered operators: opcheck, derivatives of first and second order, torch.compile, torch.export, messages."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -73,17 +74,30 @@ def test_opcheck(case, device):
     forward, backward, _, (grads, saved) = operators(case, device)
     arguments = require_grad(to(case.draw(), device))
     torch.library.opcheck(forward, operator_arguments(case, arguments, True))
-    torch.library.opcheck(backward, (*grads, *saved, True, True))
+    torch.library.opcheck(backward, (*grads, *saved, True, True, True))
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck_of_what_is_not_asked_for(cell, device):
-    """Nothing saved, no gradient of the input or of the weights wanted, no gradient of an output given."""
+    """Nothing saved, no gradient of the input, the weights or the states wanted, none of an output given."""
     forward, backward, arguments, (grads, saved) = operators(LayerCase(cell, **TINY), device)
     torch.library.opcheck(forward, (*arguments[:-1], False))
-    torch.library.opcheck(backward, (*grads, *saved, True, False))
-    torch.library.opcheck(backward, (*grads, *saved, False, True))
-    torch.library.opcheck(backward, (grads[0], *[None] * len(grads[1:]), *saved, True, True))
+    torch.library.opcheck(backward, (*grads, *saved, True, False, True))
+    torch.library.opcheck(backward, (*grads, *saved, False, True, True))
+    torch.library.opcheck(backward, (*grads, *saved, True, True, False))
+    torch.library.opcheck(backward, (grads[0], *[None] * len(grads[1:]), *saved, True, True, True))
+
+
+@pytest.mark.parametrize("case", [case for case in layer_cases(**TINY) if case.packed], ids=str)
+def test_gradients_do_not_depend_on_what_else_is_asked_for(case, device):
+    _, backward, _, (grads, saved) = operators(case, device)
+    everything = backward(*grads, *saved, True, True, True)
+    for needed in itertools.product((True, False), repeat=3):
+        gradients = backward(*grads, *saved, *needed)
+        weights = len(gradients) - 1 - (2 if case.cell == "lstm" else 1)
+        wanted = [needed[0], *[needed[1]] * weights, *[needed[2]] * (len(gradients) - 1 - weights)]
+        for gradient, expected, is_wanted in zip(gradients, everything, wanted, strict=True):
+            torch.testing.assert_close(gradient, expected if is_wanted else expected.new_empty(0), rtol=0, atol=0)
 
 
 def differentiable_function(case):

@@ -143,6 +143,7 @@ class Backward {
         }
       }
       barrier(p_.steps.T - s);
+      if (!p_.need_states) continue;
       // Rows that start here: their way through W_hh ends in h0.
       const int64_t h0_panel_end = p_.w_hr ? Panel::panels(p_.P) : part.panel_end;
       for (int64_t panel = part.panel_begin; panel < h0_panel_end; ++panel) {

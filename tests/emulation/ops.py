@@ -78,6 +78,21 @@ def test_second_backward_agrees(device):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("cell", "proj_size"), [*((cell, 0) for cell in CELLS), ("lstm", 6)])
+def test_initial_states_without_gradient(cell, proj_size, device):
+    """The last product of backward is for them alone: the other gradients are the same to the last bit."""
+    case = LayerCase(cell, *SIZES["vectors"], packed=True, reverse=True, proj_size=proj_size)
+    arguments = drawn(case, device)
+    weights = [
+        tensor.requires_grad_() for name, tensor in arguments.items() if name not in ("h0", "c0") and tensor is not None
+    ]
+    without = torch.autograd.grad(case.call(ops, arguments)["output"].sum(), weights)
+    states = [arguments[name].requires_grad_() for name in ("h0", "c0") if name in arguments]
+    with_states = torch.autograd.grad(case.call(ops, arguments)["output"].sum(), [*weights, *states])
+    for one, other in zip(without, with_states, strict=False):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_second_order(cell, device):
     case = LayerCase(cell, 3, 2, 2, 5, torch.float64, packed=True, reverse=True)
