@@ -3,10 +3,12 @@
 // way in and back on the way out: float16 always, bfloat16 on processors that do not multiply it.
 #pragma once
 
+#include <array>
 #include <cstring>
 
 #include "cpu/isa.h"
 #include "layer.h"
+#include "plan.h"
 
 namespace fastrnn {
 
@@ -32,78 +34,31 @@ struct CpuPath {
   // Sequences of different lengths run in the order of their lengths.
   static constexpr bool kSorts = true;
 
+  // Whether two layers can run at once, and whether that pays for these.
+  static constexpr bool kRunsBoth = true;
+  static bool runs_both(const Layer& a, const Layer& b) {
+    const auto sizes = [](const Layer& l) { return std::array{l.T, l.B, l.I, l.H, l.P, l.N}; };
+    return a.storage == b.storage && sizes(a) == sizes(b) &&
+           plan_cpu({a.T, a.B, a.w_ih ? a.I : 0, a.H, a.P, Cell<float>::kGates, torch_threads().threads, kTwoProducts,
+                     kNormalises<Cell<float>>, 2})
+               .side_by_side;
+  }
+
   static ForwardResult forward(const Layer& l, bool save, bool cells) {
-    using C = Cell<float>;
-    const ScalarType t = compute(l.storage), acc = acc_dtype(t);
-    ForwardResult r;
-    r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.P}, t) : empty(l.input, {l.T, l.B, l.P}, t);
-    r.h_n = empty(l.input, {l.B, l.P}, t);
-    if (C::kStates > 1) r.c_n = empty(l.input, sizes_of(*l.c0), acc);
-    if (cells) r.cells = empty(l.input, {l.T, l.B, l.H}, t);
-    if (l.h_mask) r.h_in = empty(l.input, {l.N, l.P}, t);
-    if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
-    if (save && C::kStates > 1) r.saved_c = empty(l.input, {(C::kStates - 1) * l.N, l.H}, acc);
-    if (save && l.w_hr) r.saved_m = empty(l.input, {l.N, l.H}, t);
-    const MaybeTensor b_ih = in_acc(l.b_ih), b_hh = in_acc(l.b_hh), w_cell = in_acc(l.w_cell), c0 = in_acc(l.c0);
-    dispatch_storage(t, [&](auto zero) {
-      using S = decltype(zero);
-      sequence_forward_cpu<Cell, S>(parameters<S>(l, r, b_ih, b_hh, w_cell, c0), torch_threads());
-    });
-    if (l.lengths) {
-      clear_past_end(l, r.output);
-      if (cells) clear_past_end(l, *r.cells);
-    }
-    return r;
+    return std::move(run_forward(std::array{&l}, save, cells)[0]);
+  }
+  // Of two layers that do not wait for each other.
+  static std::array<ForwardResult, 2> forward_both(const Layer& a, const Layer& b, bool save, bool cells) {
+    return run_forward(std::array{&a, &b}, save, cells);
   }
 
   static GateGradients backward(const Layer& l, const ForwardResult& r, const ResultGradients& d, bool need_states) {
-    using C = Cell<float>;
-    const ScalarType t = compute(l.storage), acc = acc_dtype(t);
-    const auto prepare = [](const MaybeTensor& x, ScalarType type) -> MaybeTensor {
-      if (!x) return std::nullopt;
-      return dense(to_dtype(*x, type));
-    };
-    const MaybeTensor output = prepare(r.output, t), gates = prepare(r.saved_gates, t), c = prepare(r.saved_c, acc);
-    const MaybeTensor d_output = prepare(d.output, t), d_h_n = prepare(d.h_n, acc), d_c_n = prepare(d.c_n, acc);
-    const MaybeTensor d_cells = prepare(d.cells, t), w_cell = in_acc(l.w_cell), c0 = in_acc(l.c0);
-    GateGradients g;
-    g.d_x_gates = empty(l.input, {l.N, l.w_hh.size(0)}, t);
-    g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
-    if (l.w_hr || kTwoProducts) g.d_projected = empty(l.input, {l.N, l.P}, t);
-    g.d_h0 = empty(l.input, {l.B, l.P}, acc);
-    if (C::kStates > 1) g.d_c0 = empty(l.input, sizes_of(*l.c0), acc);
-    if (kNormalises<C>) g.d_w_cell = empty(l.input, {C::kParameters * l.H}, acc);
-    dispatch_storage(t, [&](auto zero) {
-      using S = decltype(zero);
-      using T = typename AccOf<S>::type;
-      sequence_backward_cpu<Cell, S>({l.B,
-                                      l.H,
-                                      l.P,
-                                      l.N,
-                                      l.steps,
-                                      in<S>(l.w_hh),
-                                      second_weight<S>(l),
-                                      in<T>(w_cell),
-                                      in<S>(l.h0),
-                                      in<T>(c0),
-                                      l.controls<S>(),
-                                      in<S>(output),
-                                      in<S>(gates),
-                                      in<T>(c),
-                                      in<S>(d_output),
-                                      in<T>(d_h_n),
-                                      in<T>(d_c_n),
-                                      in<S>(d_cells),
-                                      need_states,
-                                      out<S>(g.d_x_gates),
-                                      out<S>(g.d_h_gates),
-                                      out<S>(g.d_projected),
-                                      out<T>(g.d_h0),
-                                      out<T>(g.d_c0),
-                                      out<T>(g.d_w_cell)},
-                                     torch_threads());
-    });
-    return g;
+    return std::move(run_backward(std::array{&l}, std::array{&r}, std::array{&d}, need_states)[0]);
+  }
+  static std::array<GateGradients, 2> backward_both(const Layer& a, const Layer& b, const ForwardResult& saved_a,
+                                                    const ForwardResult& saved_b, const ResultGradients& d_a,
+                                                    const ResultGradients& d_b, bool need_states) {
+    return run_backward(std::array{&a, &b}, std::array{&saved_a, &saved_b}, std::array{&d_a, &d_b}, need_states);
   }
 
   // Of the shape of the input.
@@ -197,12 +152,105 @@ struct CpuPath {
   }
 
  private:
+  // Arguments in the type of the sums.
+  struct Wide {
+    MaybeTensor b_ih, b_hh, w_cell, c0;
+
+    Wide() = default;
+    explicit Wide(const Layer& l) : b_ih(wide(l.b_ih)), b_hh(wide(l.b_hh)), w_cell(wide(l.w_cell)), c0(wide(l.c0)) {}
+    static MaybeTensor wide(const MaybeTensor& t) {
+      return t ? MaybeTensor(to_dtype(*t, acc_dtype(t->scalar_type()))) : std::nullopt;
+    }
+  };
+
+  template <size_t n>
+  static std::array<ForwardResult, n> run_forward(const std::array<const Layer*, n>& layers, bool save, bool cells) {
+    std::array<ForwardResult, n> results;
+    std::array<Wide, n> wide;
+    for (size_t i = 0; i < n; ++i) {
+      results[i] = empty_result(*layers[i], save, cells);
+      wide[i] = Wide(*layers[i]);
+    }
+    dispatch_storage(compute(layers[0]->storage), [&](auto zero) {
+      using S = decltype(zero);
+      SequenceForward<S> passes[n] = {};
+      for (size_t i = 0; i < n; ++i) passes[i] = parameters<S>(*layers[i], results[i], wide[i]);
+      sequence_forward_cpu<Cell, S>(passes, n, torch_threads());
+    });
+    for (size_t i = 0; i < n; ++i) {
+      if (!layers[i]->lengths) continue;
+      clear_past_end(*layers[i], results[i].output);
+      if (cells) clear_past_end(*layers[i], *results[i].cells);
+    }
+    return results;
+  }
+
+  static ForwardResult empty_result(const Layer& l, bool save, bool cells) {
+    using C = Cell<float>;
+    const ScalarType t = compute(l.storage), acc = acc_dtype(t);
+    ForwardResult r;
+    r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.P}, t) : empty(l.input, {l.T, l.B, l.P}, t);
+    r.h_n = empty(l.input, {l.B, l.P}, t);
+    if (C::kStates > 1) r.c_n = empty(l.input, sizes_of(*l.c0), acc);
+    if (cells) r.cells = empty(l.input, {l.T, l.B, l.H}, t);
+    if (l.h_mask) r.h_in = empty(l.input, {l.N, l.P}, t);
+    if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
+    if (save && C::kStates > 1) r.saved_c = empty(l.input, {(C::kStates - 1) * l.N, l.H}, acc);
+    if (save && l.w_hr) r.saved_m = empty(l.input, {l.N, l.H}, t);
+    return r;
+  }
+
+  template <size_t n>
+  static std::array<GateGradients, n> run_backward(const std::array<const Layer*, n>& layers,
+                                                   const std::array<const ForwardResult*, n>& saved,
+                                                   const std::array<const ResultGradients*, n>& d, bool need_states) {
+    const ScalarType t = compute(layers[0]->storage), acc = acc_dtype(t);
+    const auto prepare = [](const MaybeTensor& x, ScalarType type) -> MaybeTensor {
+      if (!x) return std::nullopt;
+      return dense(to_dtype(*x, type));
+    };
+    std::array<GateGradients, n> gradients;
+    std::array<ForwardResult, n> r;
+    std::array<ResultGradients, n> d_r;
+    std::array<Wide, n> wide;
+    for (size_t i = 0; i < n; ++i) {
+      gradients[i] = empty_gradients(*layers[i]);
+      r[i].output = *prepare(saved[i]->output, t);
+      r[i].saved_gates = prepare(saved[i]->saved_gates, t);
+      r[i].saved_c = prepare(saved[i]->saved_c, acc);
+      d_r[i] = {prepare(d[i]->output, t), prepare(d[i]->h_n, acc), prepare(d[i]->c_n, acc), prepare(d[i]->cells, t)};
+      wide[i] = Wide(*layers[i]);
+    }
+    dispatch_storage(t, [&](auto zero) {
+      using S = decltype(zero);
+      SequenceBackward<S> passes[n] = {};
+      for (size_t i = 0; i < n; ++i) {
+        passes[i] = parameters<S>(*layers[i], r[i], d_r[i], wide[i], gradients[i], need_states);
+      }
+      sequence_backward_cpu<Cell, S>(passes, n, torch_threads());
+    });
+    return gradients;
+  }
+
+  static GateGradients empty_gradients(const Layer& l) {
+    using C = Cell<float>;
+    const ScalarType t = compute(l.storage), acc = acc_dtype(t);
+    GateGradients g;
+    g.d_x_gates = empty(l.input, {l.N, l.w_hh.size(0)}, t);
+    g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
+    if (l.w_hr || kTwoProducts) g.d_projected = empty(l.input, {l.N, l.P}, t);
+    g.d_h0 = empty(l.input, {l.B, l.P}, acc);
+    if (C::kStates > 1) g.d_c0 = empty(l.input, sizes_of(*l.c0), acc);
+    if (kNormalises<C>) g.d_w_cell = empty(l.input, {C::kParameters * l.H}, acc);
+    return g;
+  }
+
   static Tensor peephole_gradient(const Layer& l, const GateGradients& g, const ForwardResult& r) {
     using C = Cell<float>;
     const ScalarType t = acc_dtype(l.storage);
     const Tensor saved_c = dense(to_dtype(*r.saved_c, t)), saved_gates = dense(to_dtype(*r.saved_gates, t));
     const Tensor d_x_gates = to_dtype(g.d_x_gates, t);
-    const MaybeTensor first_c = in_acc(l.c0);
+    const MaybeTensor first_c = Wide::wide(l.c0);
     const Tensor d_w = empty(l.input, {C::kParameters * l.H}, t);
     set_zero(d_w);
     dispatch_compute(t, [&](auto zero) {
@@ -230,10 +278,6 @@ struct CpuPath {
     return d_w;
   }
 
-  static MaybeTensor in_acc(const MaybeTensor& t) {
-    return t ? MaybeTensor(to_dtype(*t, acc_dtype(t->scalar_type()))) : std::nullopt;
-  }
-
   // What the second product of a step multiplies with: the projection, or the rows of the last gate.
   template <typename S>
   static const S* second_weight(const Layer& l) {
@@ -251,8 +295,7 @@ struct CpuPath {
   }
 
   template <typename S, typename T = typename AccOf<S>::type>
-  static SequenceForward<S> parameters(const Layer& l, const ForwardResult& r, const MaybeTensor& b_ih,
-                                       const MaybeTensor& b_hh, const MaybeTensor& w_cell, const MaybeTensor& c0) {
+  static SequenceForward<S> parameters(const Layer& l, const ForwardResult& r, const Wide& wide) {
     const bool packed = l.input.dim() == 2;
     SequenceForward<S> p{};
     p.B = l.B;
@@ -266,12 +309,12 @@ struct CpuPath {
     p.input_stride_t = packed ? 0 : l.input.stride(0);
     p.w_ih = in<S>(l.w_ih);
     p.w_hh = in<S>(l.w_hh);
-    p.b_ih = in<T>(b_ih);
-    p.b_hh = in<T>(b_hh);
+    p.b_ih = in<T>(wide.b_ih);
+    p.b_hh = in<T>(wide.b_hh);
     p.w_hr = second_weight<S>(l);
-    p.w_cell = in<T>(w_cell);
+    p.w_cell = in<T>(wide.w_cell);
     p.h0 = in<S>(l.h0);
-    p.c0 = in<T>(c0);
+    p.c0 = in<T>(wide.c0);
     p.controls = l.controls<S>();
     p.output = out<S>(r.output);
     p.h_n = out<S>(r.h_n);
@@ -281,6 +324,38 @@ struct CpuPath {
     p.saved_c = out<T>(r.saved_c);
     p.saved_m = out<S>(r.saved_m);
     p.h_in = out<S>(r.h_in);
+    return p;
+  }
+
+  template <typename S, typename T = typename AccOf<S>::type>
+  static SequenceBackward<S> parameters(const Layer& l, const ForwardResult& r, const ResultGradients& d,
+                                        const Wide& wide, const GateGradients& g, bool need_states) {
+    SequenceBackward<S> p{};
+    p.B = l.B;
+    p.H = l.H;
+    p.P = l.P;
+    p.N = l.N;
+    p.steps = l.steps;
+    p.w_hh = in<S>(l.w_hh);
+    p.w_hr = second_weight<S>(l);
+    p.w_cell = in<T>(wide.w_cell);
+    p.h0 = in<S>(l.h0);
+    p.c0 = in<T>(wide.c0);
+    p.controls = l.controls<S>();
+    p.output = in<S>(r.output);
+    p.saved_gates = in<S>(r.saved_gates);
+    p.saved_c = in<T>(r.saved_c);
+    p.d_output = in<S>(d.output);
+    p.d_h_n = in<T>(d.h_n);
+    p.d_c_n = in<T>(d.c_n);
+    p.d_cells = in<S>(d.cells);
+    p.need_states = need_states;
+    p.d_x_gates = out<S>(g.d_x_gates);
+    p.d_h_gates = out<S>(g.d_h_gates);
+    p.d_projected = out<S>(g.d_projected);
+    p.d_h0 = out<T>(g.d_h0);
+    p.d_c0 = out<T>(g.d_c0);
+    p.d_w_cell = out<T>(g.d_w_cell);
     return p;
   }
 

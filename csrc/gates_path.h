@@ -96,6 +96,9 @@ struct GatesPath {
   // Lengths stay on the device: every step runs for every row, and leaves out those that have ended.
   static constexpr bool kSorts = false;
 
+  // Whether two layers can run at once.
+  static constexpr bool kRunsBoth = false;
+
   // The controls of the rows [begin, ...) of the s-th step.
   template <typename T>
   static StepControls<T> controls(const Layer& l, int64_t s, int64_t begin) {

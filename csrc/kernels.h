@@ -188,10 +188,11 @@ template <typename scalar_t>
 void input_gradient_cpu(const InputGradient<scalar_t>&, const ThreadPool&);
 template <typename scalar_t>
 void weight_gradient_cpu(const WeightGradient<scalar_t>&, const ThreadPool&);
+// One layer, or two of the same sizes that do not wait for each other.
 template <template <typename> class Cell, typename scalar_t>
-void sequence_forward_cpu(const SequenceForward<scalar_t>&, const ThreadPool&);
+void sequence_forward_cpu(const SequenceForward<scalar_t>* layers, int count, const ThreadPool&);
 template <template <typename> class Cell, typename scalar_t>
-void sequence_backward_cpu(const SequenceBackward<scalar_t>&, const ThreadPool&);
+void sequence_backward_cpu(const SequenceBackward<scalar_t>* layers, int count, const ThreadPool&);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA, path "gates": one step of one layer; the recurrent product has been made by the caller.

@@ -5,6 +5,10 @@
 // One operator runs one layer in one direction. x_gates = input W_ih^T + b_ih, or the input itself where w_ih is None.
 // With save, forward also returns what backward needs; without, those results are None. A gradient that is not asked
 // for comes back empty: torch.autograd.grad(is_grads_batched=True) takes no operator whose results may be None.
+//
+// An operator _*_both runs two layers that do not wait for each other, the directions of a bidirectional one: its
+// arguments and its results are those of one layer, then those of the other.
+#include <array>
 #include <string>
 #include <tuple>
 
@@ -42,16 +46,71 @@ constexpr CellFacts kFacts = {Cell<float>::kGates + kResetsBefore<Cell<float>>, 
                               Cell<float>::kParameters, kResetsBefore<Cell<float>>,
                               kResetsBefore<Cell<float>> || kNormalises<Cell<float>>};
 
+// What is asked of a layer.
+struct ForwardCall {
+  Arguments arguments;
+  bool save, return_cells;
+
+  bool asks_as(const ForwardCall& other) const { return save == other.save && return_cells == other.return_cells; }
+};
+struct BackwardCall {
+  Arguments arguments;
+  ForwardResult saved;
+  ResultGradients d;
+  bool need_input, need_weights, need_states;
+
+  bool asks_as(const BackwardCall& other) const { return need_states == other.need_states; }
+};
+
+// The gradients of the arguments, those that are needed.
+struct Gradients {
+  MaybeTensor input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0;
+};
+
 template <template <typename> class Cell, template <template <typename> class> class Path>
 struct Operator {
   using C = Cell<float>;
   using P = Path<Cell>;
 
-  static ForwardResult forward(const Arguments& a, bool save, bool cells) {
+  static ForwardResult run(const ForwardCall& call) { return run(layer_of(call.arguments), call); }
+  static Gradients run(const BackwardCall& call) { return run(layer_of(call.arguments), call); }
+
+  // Two layers that do not wait for each other: together where the path has a way to do so that pays.
+  template <typename Call>
+  static auto run_both(const Call& call_a, const Call& call_b) {
+    const Layer a = layer_of(call_a.arguments), b = layer_of(call_b.arguments);
+    if constexpr (P::kRunsBoth) {
+      if (call_a.asks_as(call_b) && P::runs_both(a, b)) return run_together(a, b, call_a, call_b);
+    }
+    return std::array{run(a, call_a), run(b, call_b)};
+  }
+
+ private:
+  static Layer layer_of(const Arguments& a) {
     a.check_all(kFacts<Cell>);
-    const ScalarType storage = a.input.scalar_type();
-    const Layer layer(a, kFacts<Cell>.gates, P::compute(storage), P::kSorts);
-    ForwardResult r = P::forward(layer, save, cells);
+    return Layer(a, kFacts<Cell>.gates, P::compute(a.input.scalar_type()), P::kSorts);
+  }
+
+  static ForwardResult run(const Layer& layer, const ForwardCall& call) {
+    return stored(P::forward(layer, call.save, call.return_cells), call);
+  }
+  static Gradients run(const Layer& layer, const BackwardCall& call) {
+    return gradients(layer, P::backward(layer, call.saved, call.d, call.need_states), call);
+  }
+
+  static std::array<ForwardResult, 2> run_together(const Layer& layer_a, const Layer& layer_b, const ForwardCall& a,
+                                                   const ForwardCall& b) {
+    const auto [of_a, of_b] = P::forward_both(layer_a, layer_b, a.save, a.return_cells);
+    return {stored(of_a, a), stored(of_b, b)};
+  }
+  static std::array<Gradients, 2> run_together(const Layer& layer_a, const Layer& layer_b, const BackwardCall& a,
+                                               const BackwardCall& b) {
+    const auto [of_a, of_b] = P::backward_both(layer_a, layer_b, a.saved, b.saved, a.d, b.d, a.need_states);
+    return {gradients(layer_a, of_a, a), gradients(layer_b, of_b, b)};
+  }
+
+  static ForwardResult stored(ForwardResult r, const ForwardCall& call) {
+    const ScalarType storage = call.arguments.input.scalar_type();
     const auto store = [&](const MaybeTensor& t, ScalarType type) -> MaybeTensor {
       if (!t) return std::nullopt;
       return to_dtype(*t, type);
@@ -63,38 +122,29 @@ struct Operator {
     r.saved_gates = store(r.saved_gates, storage);
     r.saved_c = store(r.saved_c, acc_dtype(storage));
     r.saved_m = store(r.saved_m, storage);
-    r.h_in = save ? store(r.h_in, storage) : std::nullopt;
+    r.h_in = call.save ? store(r.h_in, storage) : std::nullopt;
     return r;
   }
 
-  struct Gradients {
-    MaybeTensor input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0;
-  };
-
-  static Gradients backward(const Arguments& a, const ForwardResult& saved, const ResultGradients& d, bool need_input,
-                            bool need_weights, bool need_states) {
-    a.check_all(kFacts<Cell>);
-    const ScalarType storage = a.input.scalar_type();
-    const Layer layer(a, kFacts<Cell>.gates, P::compute(storage), P::kSorts);
-    const GateGradients g = P::backward(layer, saved, d, need_states);
-    const auto store = [&](const Tensor& t) { return to_dtype(t, storage); };
-
+  static Gradients gradients(const Layer& layer, const GateGradients& g, const BackwardCall& call) {
+    const Arguments& a = call.arguments;
+    const auto store = [&](const Tensor& t) { return to_dtype(t, layer.storage); };
     Gradients r;
-    if (need_input) {
+    if (call.need_input) {
       const Tensor d_input = store(layer.w_ih || layer.lengths ? P::input_gradient(layer, g.d_x_gates) : g.d_x_gates);
       r.input = d_input.dim() == a.input.dim() ? d_input : torch::stable::reshape(d_input, {layer.T, layer.B, layer.I});
     }
-    if (need_weights) {
+    if (call.need_weights) {
       const auto store_both = [&](const WeightAndBias& d, MaybeTensor& weight, MaybeTensor& bias) {
         if (d.weight) weight = store(*d.weight);
         if (d.bias) bias = store(*d.bias);
       };
       store_both(P::input_weight_gradient(layer, g, a.b_ih.has_value()), r.w_ih, r.b_ih);
-      store_both(P::recurrent_weight_gradient(layer, g, saved, a.b_hh.has_value()), r.w_hh, r.b_hh);
-      if (layer.w_hr) r.w_hr = store(P::projection_gradient(layer, g, saved));
-      if constexpr (C::kParameters > 0) r.w_cell = store(P::parameter_gradient(layer, g, saved));
+      store_both(P::recurrent_weight_gradient(layer, g, call.saved, a.b_hh.has_value()), r.w_hh, r.b_hh);
+      if (layer.w_hr) r.w_hr = store(P::projection_gradient(layer, g, call.saved));
+      if constexpr (C::kParameters > 0) r.w_cell = store(P::parameter_gradient(layer, g, call.saved));
     }
-    if (need_states) {
+    if (call.need_states) {
       r.h0 = store(g.d_h0);
       if (g.d_c0) r.c0 = store(*g.d_c0);
     }
@@ -102,135 +152,166 @@ struct Operator {
   }
 };
 
-// What torch calls. Cells with the state h alone, then those with h and c.
+// What torch hands over and takes back. Cells with the state h alone, then those with h and c.
 
-template <template <typename> class Cell, template <template <typename> class> class Path>
-std::tuple<Tensor, Tensor, MaybeTensor, MaybeTensor> h_layer(const Tensor& input, const MaybeTensor& w_ih,
-                                                             const Tensor& w_hh, const MaybeTensor& b_ih,
-                                                             const MaybeTensor& b_hh, const MaybeTensor& w_cell,
-                                                             const Tensor& h0, const MaybeTensor& batch_sizes,
-                                                             bool reverse, bool save, const MaybeTensor& lengths,
-                                                             const MaybeTensor& reset, const MaybeTensor& h_mask,
-                                                             const MaybeTensor& zone_h, double grad_clip) {
-  const ForwardResult r = Operator<Cell, Path>::forward({kName<Cell>,
-                                                         input,
-                                                         w_ih,
-                                                         w_hh,
-                                                         b_ih,
-                                                         b_hh,
-                                                         std::nullopt,
-                                                         w_cell,
-                                                         h0,
-                                                         std::nullopt,
-                                                         batch_sizes,
-                                                         reverse,
-                                                         {lengths, reset, h_mask, zone_h, std::nullopt, grad_clip}},
-                                                        save, false);
-  return {r.output, r.h_n, r.saved_gates, r.h_in};
+template <template <typename> class Cell>
+ForwardCall h_forward(const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
+                      const MaybeTensor& b_hh, const MaybeTensor& w_cell, const Tensor& h0,
+                      const MaybeTensor& batch_sizes, bool reverse, bool save, const MaybeTensor& lengths,
+                      const MaybeTensor& reset, const MaybeTensor& h_mask, const MaybeTensor& zone_h,
+                      double grad_clip) {
+  return {{kName<Cell>,
+           input,
+           w_ih,
+           w_hh,
+           b_ih,
+           b_hh,
+           std::nullopt,
+           w_cell,
+           h0,
+           std::nullopt,
+           batch_sizes,
+           reverse,
+           {lengths, reset, h_mask, zone_h, std::nullopt, grad_clip}},
+          save,
+          false};
 }
 
-template <template <typename> class Cell, template <template <typename> class> class Path>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> h_layer_backward(
-    const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const Tensor& input, const MaybeTensor& w_ih,
-    const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, const MaybeTensor& w_cell, const Tensor& h0,
-    const MaybeTensor& batch_sizes, bool reverse, const Tensor& output, const MaybeTensor& saved_gates,
-    const MaybeTensor& h_in, bool need_input, bool need_weights, bool need_states, const MaybeTensor& lengths,
-    const MaybeTensor& reset, const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip) {
+template <template <typename> class Cell>
+BackwardCall h_backward(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const Tensor& input,
+                        const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh,
+                        const MaybeTensor& w_cell, const Tensor& h0, const MaybeTensor& batch_sizes, bool reverse,
+                        const Tensor& output, const MaybeTensor& saved_gates, const MaybeTensor& h_in, bool need_input,
+                        bool need_weights, bool need_states, const MaybeTensor& lengths, const MaybeTensor& reset,
+                        const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip) {
+  ForwardCall forward = h_forward<Cell>(input, w_ih, w_hh, b_ih, b_hh, w_cell, h0, batch_sizes, reverse, true, lengths,
+                                        reset, h_mask, zone_h, grad_clip);
   ForwardResult saved;
   saved.output = output;
   saved.saved_gates = saved_gates;
   saved.h_in = h_in;
-  const auto g = Operator<Cell, Path>::backward({kName<Cell>,
-                                                 input,
-                                                 w_ih,
-                                                 w_hh,
-                                                 b_ih,
-                                                 b_hh,
-                                                 std::nullopt,
-                                                 w_cell,
-                                                 h0,
-                                                 std::nullopt,
-                                                 batch_sizes,
-                                                 reverse,
-                                                 {lengths, reset, h_mask, zone_h, std::nullopt, grad_clip}},
-                                                saved, {grad_output, grad_h_n, std::nullopt, std::nullopt}, need_input,
-                                                need_weights, need_states);
-  return {or_nothing(g.input, input), or_nothing(g.w_ih, input),   or_nothing(g.w_hh, input), or_nothing(g.b_ih, input),
-          or_nothing(g.b_hh, input),  or_nothing(g.w_cell, input), or_nothing(g.h0, input)};
+  return {std::move(forward.arguments),
+          std::move(saved),
+          {grad_output, grad_h_n, std::nullopt, std::nullopt},
+          need_input,
+          need_weights,
+          need_states};
 }
 
-template <template <typename> class Cell, template <template <typename> class> class Path>
-std::tuple<Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> c_layer(
-    const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh,
-    const MaybeTensor& w_hr, const MaybeTensor& w_cell, const Tensor& h0, const Tensor& c0,
-    const MaybeTensor& batch_sizes, bool reverse, bool save, const MaybeTensor& lengths, const MaybeTensor& reset,
-    const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip, const MaybeTensor& zone_c,
-    bool return_cells) {
-  const ForwardResult r = Operator<Cell, Path>::forward({kName<Cell>,
-                                                         input,
-                                                         w_ih,
-                                                         w_hh,
-                                                         b_ih,
-                                                         b_hh,
-                                                         w_hr,
-                                                         w_cell,
-                                                         h0,
-                                                         c0,
-                                                         batch_sizes,
-                                                         reverse,
-                                                         {lengths, reset, h_mask, zone_h, zone_c, grad_clip}},
-                                                        save, return_cells);
-  return {r.output, r.h_n, *r.c_n, r.cells, r.saved_gates, r.saved_c, r.saved_m, r.h_in};
+struct HResults {
+  static auto of(const ForwardResult& r, const ForwardCall&) {
+    return std::tuple(r.output, r.h_n, r.saved_gates, r.h_in);
+  }
+  static auto of(const Gradients& g, const BackwardCall& call) {
+    const Tensor& input = call.arguments.input;
+    return std::tuple(or_nothing(g.input, input), or_nothing(g.w_ih, input), or_nothing(g.w_hh, input),
+                      or_nothing(g.b_ih, input), or_nothing(g.b_hh, input), or_nothing(g.w_cell, input),
+                      or_nothing(g.h0, input));
+  }
+};
+
+template <template <typename> class Cell>
+ForwardCall c_forward(const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
+                      const MaybeTensor& b_hh, const MaybeTensor& w_hr, const MaybeTensor& w_cell, const Tensor& h0,
+                      const Tensor& c0, const MaybeTensor& batch_sizes, bool reverse, bool save,
+                      const MaybeTensor& lengths, const MaybeTensor& reset, const MaybeTensor& h_mask,
+                      const MaybeTensor& zone_h, double grad_clip, const MaybeTensor& zone_c, bool return_cells) {
+  return {{kName<Cell>,
+           input,
+           w_ih,
+           w_hh,
+           b_ih,
+           b_hh,
+           w_hr,
+           w_cell,
+           h0,
+           c0,
+           batch_sizes,
+           reverse,
+           {lengths, reset, h_mask, zone_h, zone_c, grad_clip}},
+          save,
+          return_cells};
 }
 
-template <template <typename> class Cell, template <template <typename> class> class Path>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> c_layer_backward(
-    const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
-    const MaybeTensor& grad_cells, const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh,
-    const MaybeTensor& b_ih, const MaybeTensor& b_hh, const MaybeTensor& w_hr, const MaybeTensor& w_cell,
-    const Tensor& h0, const Tensor& c0, const MaybeTensor& batch_sizes, bool reverse, const Tensor& output,
-    const MaybeTensor& saved_gates, const MaybeTensor& saved_c, const MaybeTensor& saved_m, const MaybeTensor& h_in,
-    bool need_input, bool need_weights, bool need_states, const MaybeTensor& lengths, const MaybeTensor& reset,
-    const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip, const MaybeTensor& zone_c,
-    bool return_cells) {
+template <template <typename> class Cell>
+BackwardCall c_backward(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
+                        const MaybeTensor& grad_cells, const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh,
+                        const MaybeTensor& b_ih, const MaybeTensor& b_hh, const MaybeTensor& w_hr,
+                        const MaybeTensor& w_cell, const Tensor& h0, const Tensor& c0, const MaybeTensor& batch_sizes,
+                        bool reverse, const Tensor& output, const MaybeTensor& saved_gates, const MaybeTensor& saved_c,
+                        const MaybeTensor& saved_m, const MaybeTensor& h_in, bool need_input, bool need_weights,
+                        bool need_states, const MaybeTensor& lengths, const MaybeTensor& reset,
+                        const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip,
+                        const MaybeTensor& zone_c, bool return_cells) {
+  ForwardCall forward = c_forward<Cell>(input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes, reverse, true,
+                                        lengths, reset, h_mask, zone_h, grad_clip, zone_c, return_cells);
   ForwardResult saved;
   saved.output = output;
   saved.saved_gates = saved_gates;
   saved.saved_c = saved_c;
   saved.saved_m = saved_m;
   saved.h_in = h_in;
-  const auto g =
-      Operator<Cell, Path>::backward({kName<Cell>,
-                                      input,
-                                      w_ih,
-                                      w_hh,
-                                      b_ih,
-                                      b_hh,
-                                      w_hr,
-                                      w_cell,
-                                      h0,
-                                      c0,
-                                      batch_sizes,
-                                      reverse,
-                                      {lengths, reset, h_mask, zone_h, zone_c, grad_clip}},
-                                     saved, {grad_output, grad_h_n, grad_c_n, return_cells ? grad_cells : std::nullopt},
-                                     need_input, need_weights, need_states);
-  return {or_nothing(g.input, input),  or_nothing(g.w_ih, input), or_nothing(g.w_hh, input),
-          or_nothing(g.b_ih, input),   or_nothing(g.b_hh, input), or_nothing(g.w_hr, input),
-          or_nothing(g.w_cell, input), or_nothing(g.h0, input),   or_nothing(g.c0, input)};
+  return {std::move(forward.arguments),
+          std::move(saved),
+          {grad_output, grad_h_n, grad_c_n, return_cells ? grad_cells : std::nullopt},
+          need_input,
+          need_weights,
+          need_states};
 }
+
+struct CResults {
+  static auto of(const ForwardResult& r, const ForwardCall&) {
+    return std::tuple(r.output, r.h_n, *r.c_n, r.cells, r.saved_gates, r.saved_c, r.saved_m, r.h_in);
+  }
+  static auto of(const Gradients& g, const BackwardCall& call) {
+    const Tensor& input = call.arguments.input;
+    return std::tuple(or_nothing(g.input, input), or_nothing(g.w_ih, input), or_nothing(g.w_hh, input),
+                      or_nothing(g.b_ih, input), or_nothing(g.b_hh, input), or_nothing(g.w_hr, input),
+                      or_nothing(g.w_cell, input), or_nothing(g.h0, input), or_nothing(g.c0, input));
+  }
+};
+
+// What torch calls: one layer, and two with the arguments and results of the one before those of the other.
+template <class Operator, class Results, auto call>
+struct Entry;
+template <class Operator, class Results, typename Call, typename... Args, Call (*call)(Args...)>
+struct Entry<Operator, Results, call> {
+  static auto one(Args... args) {
+    const Call asked = call(args...);
+    return Results::of(Operator::run(asked), asked);
+  }
+  static auto both(Args... a, Args... b) {
+    const Call asked_a = call(a...), asked_b = call(b...);
+    const auto [of_a, of_b] = Operator::run_both(asked_a, asked_b);
+    return std::tuple_cat(Results::of(of_a, asked_a), Results::of(of_b, asked_b));
+  }
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Registration. Fake kernels and autograd are in fastrnn/ops.py.
 
 using Library = torch::stable::detail::StableLibrary;
 
+// Arguments or results of a schema twice: with the names name_0, then name_1, and without defaults.
+std::string twice(const std::string& list) {
+  std::string both;
+  for (const char* suffix : {"_0", "_1"}) {
+    for (size_t begin = 0; begin < list.size();) {
+      const size_t end = std::min(list.find(", ", begin), list.size());
+      const std::string item = list.substr(begin, end - begin);
+      both += (both.empty() ? "" : ", ") + item.substr(0, item.find('=')) + suffix;
+      begin = end + 2;
+    }
+  }
+  return both;
+}
+
 template <template <typename> class Cell>
 void define(Library& m, const std::string& name) {
   const bool has_c = Cell<float>::kStates > 1;
-  const std::string weights = "Tensor input, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, ";
   const std::string floats =
-      weights + (has_c ? "Tensor? w_hr, Tensor? w_cell, Tensor h0, Tensor c0, " : "Tensor? w_cell, Tensor h0, ") +
+      std::string("Tensor input, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, ") +
+      (has_c ? "Tensor? w_hr, Tensor? w_cell, Tensor h0, Tensor c0, " : "Tensor? w_cell, Tensor h0, ") +
       "Tensor? batch_sizes, bool reverse, ";
   const std::string controls =
       std::string(
@@ -239,26 +320,39 @@ void define(Library& m, const std::string& name) {
       (has_c ? ", Tensor? zone_c=None, bool return_cells=False" : "");
   const std::string saved = has_c ? "Tensor? saved_gates, Tensor? saved_c, Tensor? saved_m, Tensor? h_in"
                                   : "Tensor? saved_gates, Tensor? h_in";
-  m.def((name + "_layer(" + floats + "bool save, " + controls + ") -> (Tensor output, Tensor h_n, " +
-         (has_c ? "Tensor c_n, Tensor? cells, " : "") + saved + ")")
-            .c_str());
-  m.def((name + "_layer_backward(Tensor? grad_output, Tensor? grad_h_n, " +
-         (has_c ? "Tensor? grad_c_n, Tensor? grad_cells, " : "") + floats + "Tensor output, " + saved +
-         ", bool need_input, bool need_weights, bool need_states, " + controls +
-         ") -> (Tensor grad_input, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh, " +
-         (has_c ? "Tensor grad_w_hr, Tensor grad_w_cell, Tensor grad_h0, Tensor grad_c0)"
-                : "Tensor grad_w_cell, Tensor grad_h0)"))
-            .c_str());
+  const std::string results = std::string("Tensor output, Tensor h_n, ") + (has_c ? "Tensor c_n, Tensor? cells, " : "");
+  const std::string gradients =
+      std::string("Tensor grad_input, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh, ") +
+      (has_c ? "Tensor grad_w_hr, Tensor grad_w_cell, Tensor grad_h0, Tensor grad_c0"
+             : "Tensor grad_w_cell, Tensor grad_h0");
+  const auto def = [&](const std::string& op, const std::string& arguments, const std::string& returns) {
+    m.def((op + "(" + arguments + ") -> (" + returns + ")").c_str());
+    m.def(("_" + op + "_both(" + twice(arguments) + ") -> (" + twice(returns) + ")").c_str());
+  };
+  def(name + "_layer", floats + "bool save, " + controls, results + saved);
+  def(name + "_layer_backward",
+      std::string("Tensor? grad_output, Tensor? grad_h_n, ") + (has_c ? "Tensor? grad_c_n, Tensor? grad_cells, " : "") +
+          floats + "Tensor output, " + saved + ", bool need_input, bool need_weights, bool need_states, " + controls,
+      gradients);
 }
 
 template <template <typename> class Cell, template <template <typename> class> class Path>
 void implement(Library& m, const std::string& name) {
+  using Run = Operator<Cell, Path>;
+  const auto impl = [&](const std::string& op, auto one, auto both) {
+    m.impl(op.c_str(), one);
+    m.impl(("_" + op + "_both").c_str(), both);
+  };
   if constexpr (Cell<float>::kStates == 1) {
-    m.impl((name + "_layer").c_str(), TORCH_BOX((&h_layer<Cell, Path>)));
-    m.impl((name + "_layer_backward").c_str(), TORCH_BOX((&h_layer_backward<Cell, Path>)));
+    using Forward = Entry<Run, HResults, &h_forward<Cell>>;
+    using Backward = Entry<Run, HResults, &h_backward<Cell>>;
+    impl(name + "_layer", TORCH_BOX(&Forward::one), TORCH_BOX(&Forward::both));
+    impl(name + "_layer_backward", TORCH_BOX(&Backward::one), TORCH_BOX(&Backward::both));
   } else {
-    m.impl((name + "_layer").c_str(), TORCH_BOX((&c_layer<Cell, Path>)));
-    m.impl((name + "_layer_backward").c_str(), TORCH_BOX((&c_layer_backward<Cell, Path>)));
+    using Forward = Entry<Run, CResults, &c_forward<Cell>>;
+    using Backward = Entry<Run, CResults, &c_backward<Cell>>;
+    impl(name + "_layer", TORCH_BOX(&Forward::one), TORCH_BOX(&Forward::both));
+    impl(name + "_layer_backward", TORCH_BOX(&Backward::one), TORCH_BOX(&Backward::both));
   }
 }
 

@@ -21,13 +21,18 @@ struct CpuProblem {
   int threads;                // that the framework allows
   bool two_products = false;  // a step has a second one, of what the first one gave
   bool normalises = false;    // the products of a row, all of them together
+  int layers = 1;             // 1, or 2 of these sizes that do not wait for each other
+
+  constexpr int64_t recurrent_weights() const { return gates * H * P + (P != H || two_products ? P * H : 0); }
+  constexpr int64_t multiply_adds() const { return T * B * (recurrent_weights() + gates * H * I); }  // of a layer
 };
 
 struct CpuPlan {
   Split split;
-  int threads;
+  int threads;  // of a layer
   const char* reason;
   bool pack_input, pack_recurrent;  // whether W_ih and W_hh are packed before use, or read where they are
+  bool side_by_side = false;        // whether both layers run at once
 };
 
 // Starting a parallel region costs about what one thread does in 0.3 million multiply-adds.
@@ -36,7 +41,7 @@ constexpr bool worth_threads(int64_t multiply_adds) { return multiply_adds >= 30
 // Packing a weight costs about what this many rows cost that are multiplied with it.
 inline constexpr int64_t kRowsWorthPacking = 16;
 
-inline CpuPlan plan_cpu(const CpuProblem& p) {
+inline CpuPlan plan_layer(const CpuProblem& p) {
   // A barrier costs about what one thread does with 4096 weights read from its cache.
   constexpr int64_t kMinimumWeightsPerThread = 4096;
   // From here on the weights are read from cache often enough per step that reading them in every thread is free.
@@ -52,10 +57,8 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
     return CpuPlan{split, static_cast<int>(threads), reason, pack, pack_recurrent};
   };
 
-  const int64_t weights = p.gates * p.H * p.P + (p.P != p.H || p.two_products ? p.P * p.H : 0);
-  const int64_t work = p.T * p.B * (weights + p.gates * p.H * p.I);
   if (p.threads <= 1) return plan(Split::rows, 1, "one thread is allowed");
-  if (!worth_threads(work)) return plan(Split::rows, 1, "too little work for a second thread");
+  if (!worth_threads(p.multiply_adds())) return plan(Split::rows, 1, "too little work for a second thread");
   if (p.B >= kRowsPerThread * p.threads) return plan(Split::rows, p.threads, "enough rows for every thread");
   if (p.P != p.H || p.two_products || p.normalises) {
     const char* reason = p.two_products ? "two products a step split by rows only"
@@ -63,12 +66,32 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
                                         : "a projection splits by rows only";
     return plan(Split::rows, std::min<int64_t>(p.threads, p.B), reason);
   }
-  const int64_t by_units = std::min<int64_t>(p.threads, p.B * weights / kMinimumWeightsPerThread);
+  const int64_t by_units = std::min<int64_t>(p.threads, p.B * p.recurrent_weights() / kMinimumWeightsPerThread);
   const int64_t by_rows = std::min<int64_t>(p.threads, p.B / kRowsPerThread);
   if (by_units > by_rows && by_units > 1) {
     return plan(Split::units, by_units, "few rows: threads share the hidden units");
   }
   return plan(Split::rows, std::max<int64_t>(by_rows, 1), "few rows and few units");
+}
+
+// Two layers at once: half of the threads wait less for each other than all of them. But each then holds twice as much
+// of a weight: beyond what its cache holds, one layer after the other is faster. Of an odd number of threads one would
+// be left over.
+inline CpuPlan plan_cpu(const CpuProblem& p) {
+  constexpr int64_t kCachedWeights = 1 << 17;
+  const CpuPlan in_turn = plan_layer(p);
+  if (p.layers < 2 || p.threads < 2) return in_turn;
+  CpuProblem half = p;
+  half.threads = p.threads / 2;
+  const bool shares_units =
+      in_turn.split == Split::units && p.threads % 2 == 0 && p.recurrent_weights() <= half.threads * kCachedWeights;
+  const bool leaves_half_idle = in_turn.threads <= half.threads && worth_threads(2 * p.multiply_adds());
+  if (!shares_units && !leaves_half_idle) return in_turn;
+  CpuPlan beside = plan_layer(half);
+  beside.side_by_side = true;
+  beside.reason = leaves_half_idle ? "threads would be left idle: both directions at once"
+                                   : "few rows: both directions at once, each on half of the threads";
+  return beside;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -67,13 +67,15 @@ PYBIND11_MODULE(_C, module) {
       .def_readonly("threads", &fastrnn::CpuPlan::threads)
       .def_readonly("reason", &fastrnn::CpuPlan::reason)
       .def_readonly("pack_input", &fastrnn::CpuPlan::pack_input)
-      .def_readonly("pack_recurrent", &fastrnn::CpuPlan::pack_recurrent);
+      .def_readonly("pack_recurrent", &fastrnn::CpuPlan::pack_recurrent)
+      .def_readonly("side_by_side", &fastrnn::CpuPlan::side_by_side);
   module.def(
       "plan_cpu",
       [](int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int gates, int threads, bool two_products,
-         bool normalises) { return fastrnn::plan_cpu({T, B, I, H, P, gates, threads, two_products, normalises}); },
+         bool normalises,
+         int layers) { return fastrnn::plan_cpu({T, B, I, H, P, gates, threads, two_products, normalises, layers}); },
       py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("gates"),
-      py::arg("threads"), py::arg("two_products") = false, py::arg("normalises") = false);
+      py::arg("threads"), py::arg("two_products") = false, py::arg("normalises") = false, py::arg("layers") = 1);
 
   py::class_<fastrnn::CudaPlan>(module, "CudaPlan")
       .def_property_readonly(

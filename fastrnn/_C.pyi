@@ -46,6 +46,10 @@ class CpuPlan:
     def pack_recurrent(self) -> bool:
         """Whether W_hh is packed before use, or read where it is."""
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether two layers run at once, each with its own threads."""
+
 def plan_cpu(
     *,
     T: int,
@@ -57,10 +61,12 @@ def plan_cpu(
     threads: int,
     two_products: bool = False,
     normalises: bool = False,
+    layers: Literal[1, 2] = 1,
 ) -> CpuPlan:
     """The plan for a layer of these sizes, where torch may use `threads` threads. P is H without a projection.
 
     `two_products`: of a GRU that resets before the product, with gates=2. `normalises`: with layer normalisation.
+    `layers`: 2 for both directions, which do not wait for each other.
     """
 
 class CudaPlan:

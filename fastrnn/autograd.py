@@ -15,7 +15,7 @@ An operator that torch.func finds by itself, called as `torch.ops.fastrnn.*` or 
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ class Operator:
         self.forward = getattr(torch.ops.fastrnn, name).default
         self.backward = getattr(torch.ops.fastrnn, f"{name}_backward").default
         self.saved = len(self.forward._schema.returns) - results
+        self.forward_both = getattr(torch.ops.fastrnn, f"_{name}_both").default
+        self.backward_both = getattr(torch.ops.fastrnn, f"_{name}_backward_both").default
+        self.no_controls = tuple(p.default_value for p in self.forward._schema.arguments[floats + 3 :])
         for op, kernel, rule in (
             (self.forward, _differentiable_forward, _batched_forward),
             (self.backward, _differentiable_backward, _batched_backward),
@@ -60,13 +63,16 @@ class Operator:
                 _register(op, partial(_call_without_autocast, op, device), f"Autocast{device.upper()}")
             torch.library.register_vmap(op, partial(rule, self))
 
-    def __call__(self, *arguments: Any, controls: tuple[Any, ...] = (), recompute: bool = False) -> tuple[Any, ...]:
+    def __call__(
+        self, *arguments: Any, controls: tuple[Any, ...] = (), recompute: bool = False, meet: "Meet | None" = None
+    ) -> tuple[Any, ...]:
         """Runs the layer: its results, maybe more, as a differentiable function of the arguments.
 
         Args:
             arguments: Of the operator, without save.
             controls: Of the operator.
             recompute: Whether backward runs the operator again in place of keeping what it saves.
+            meet: What runs the operator in its place, together with another: see `side_by_side`.
         """
         # Exported programs serve with and without grad: backward recomputes what was not saved.
         if torch.compiler.is_exporting():
@@ -81,10 +87,25 @@ class Operator:
             return self.definition(*arguments, *controls)
         if torch._C._are_functorch_transforms_active():
             return _FastrnnLayer.apply(self, *arguments, not recompute, *controls)  # type: ignore[no-any-return, no-untyped-call]
+        if meet is not None and not recompute:
+            return meet(self, arguments, controls + self.no_controls[len(controls) :])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return _FastrnnEagerLayer.apply(self, *arguments, not recompute, *controls)  # type: ignore[no-any-return, no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward(*arguments, False, *controls)  # type: ignore[no-any-return]
+
+    def run_both(self, *arguments: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Two layers in one call, eagerly.
+
+        Args:
+            arguments: Of the operator for one layer, all of them with save, then for the other.
+        """
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            results = _FastrnnEagerLayers.apply(self, *arguments)  # type: ignore[no-untyped-call]
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = self.forward_both(*arguments)
+        return halves(results)
 
     def gradients(self, options: Sequence[Any], *tensors: Tensor | None) -> Gradients:
         """What backward computes, through the definition.
@@ -95,6 +116,39 @@ class Operator:
         """
         grad_results, floats = tensors[: self.results], tensors[self.results :]
         return _vjp(lambda *floats: self.definition(*floats, *options), floats, grad_results)
+
+
+Meet = Callable[[Operator, Sequence[Any], Sequence[Any]], tuple[Any, ...]]
+
+
+def side_by_side(
+    first: Callable[..., tuple[Any, ...]], second: Callable[..., tuple[Any, ...]]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The results of two functions, each of which hands its argument `meet` to one operator.
+
+    Where the first comes to its operator, the second is called up to its own, and both operators run in one call.
+    """
+    if torch.compiler.is_compiling():
+        return first(), second()
+    of_second: tuple[Any, ...] | None = None
+
+    def wait(operator: Operator, arguments: Sequence[Any], controls: Sequence[Any]) -> tuple[Any, ...]:
+        nonlocal of_second
+        mine: tuple[Any, ...] | None = None
+
+        def join(other: Operator, others: Sequence[Any], other_controls: Sequence[Any]) -> tuple[Any, ...]:
+            nonlocal mine
+            if other is not operator:
+                return other(*others, controls=tuple(other_controls))
+            save = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments, *others)
+            mine, theirs = operator.run_both(*arguments, save, *controls, *others, save, *other_controls)
+            return theirs
+
+        of_second = second(meet=join)
+        return operator(*arguments, controls=tuple(controls)) if mine is None else mine
+
+    of_first = first(meet=wait)
+    return of_first, second() if of_second is None else of_second
 
 
 def _traced(operator: Operator, *arguments: Any) -> tuple[Any, ...]:
@@ -139,11 +193,16 @@ def _differentiable_forward(operator: Operator, *arguments: Any) -> Results:
 def _differentiable_backward(operator: Operator, *arguments: Any) -> Gradients:
     if _is_forward_mode():
         return operator.gradients(*_options_and_tensors(operator, arguments))
-    if torch._C._are_functorch_transforms_active() or (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-    ):
+    if _is_differentiated(*arguments):
         return _FastrnnGradient.apply(operator, *arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _FastrnnGradient.forward(operator, *arguments)
+
+
+def _is_differentiated(*arguments: Any) -> bool:
+    """Whether backward, of these arguments, is itself to be differentiated or batched."""
+    return torch._C._are_functorch_transforms_active() or (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+    )
 
 
 def _options_and_tensors(operator: Operator, arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -179,37 +238,69 @@ class _FastrnnLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_results: Tensor | None) -> Gradients:
-        operator = ctx.operator
-        first_state, end = operator.floats - operator.states, operator.floats + 1
-        tensors = ctx.saved_tensors  # once: checkpointing recomputes at every look
-        arguments, (output, *saved) = tensors[:end], tensors[end : end + 1 + operator.saved]
-        controls = _put_tensors(ctx.controls, tensors[end + 1 + operator.saved :])
-        if not ctx.save:
-            output, *rest = operator.forward(*arguments, ctx.reverse, True, *controls)
-            saved = rest[operator.results - 1 :]
-        needed = ctx.needs_input_grad[1:]
-        call = operator.backward if torch.compiler.is_compiling() else partial(_differentiable_backward, operator)
-        gradients = call(
-            *grad_results[: operator.results],
-            *arguments,
-            ctx.reverse,
-            output,
-            *saved,
-            needed[0],
-            any(needed[1:first_state]),
-            any(needed[first_state : operator.floats]),
-            *controls,
-        )
-        none = [None] * (3 + len(controls))
-        return None, *(g if need else None for g, need in zip(gradients, needed, strict=False)), *none
+        operator, needed = ctx.operator, ctx.needs_input_grad[1:]
+        arguments = _backward_arguments(operator, ctx.kept, ctx.saved_tensors, grad_results, needed)
+        return None, *_gradients_by_argument(_call_backward(operator, arguments), needed)
+
+
+class _Kept(NamedTuple):
+    """What backward needs beside tensors."""
+
+    reverse: bool
+    save: bool
+    controls: Sequence[Any]
 
 
 def _keep_for_backward(ctx: Any, operator: Operator, *arguments: Any, results: Results) -> None:
-    end = operator.floats + 1
-    ctx.operator, ctx.reverse, ctx.save = operator, arguments[end], arguments[end + 1]
-    ctx.controls, tensors = _take_tensors(arguments[end + 2 :])
+    ctx.operator = operator
+    ctx.kept, tensors = _kept(operator, arguments, results)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*arguments[:end], results[0], *results[operator.results :], *tensors)
+    ctx.save_for_backward(*tensors)
+
+
+def _kept(operator: Operator, arguments: Sequence[Any], results: Results) -> tuple[_Kept, Sequence[Any]]:
+    end = operator.floats + 1
+    controls, control_tensors = _take_tensors(arguments[end + 2 :])
+    tensors = (*arguments[:end], results[0], *results[operator.results :], *control_tensors)
+    return _Kept(arguments[end], arguments[end + 1], controls), tensors
+
+
+def _backward_arguments(
+    operator: Operator,
+    kept: _Kept,
+    tensors: Sequence[Any],  # saved_tensors, looked at once: checkpointing recomputes at every look
+    grad_results: Gradients,
+    needed: Sequence[bool],
+) -> Sequence[Any]:
+    first_state, end = operator.floats - operator.states, operator.floats + 1
+    arguments, (output, *saved) = tensors[:end], tensors[end : end + 1 + operator.saved]
+    controls = _put_tensors(kept.controls, tensors[end + 1 + operator.saved :])
+    if not kept.save:
+        output, *rest = operator.forward(*arguments, kept.reverse, True, *controls)
+        saved = rest[operator.results - 1 :]
+    return (
+        *grad_results[: operator.results],
+        *arguments,
+        kept.reverse,
+        output,
+        *saved,
+        needed[0],
+        any(needed[1:first_state]),
+        any(needed[first_state : operator.floats]),
+        *controls,
+    )
+
+
+def _call_backward(operator: Operator, arguments: Sequence[Any]) -> Gradients:
+    if torch.compiler.is_compiling():
+        return operator.backward(*arguments)  # type: ignore[no-any-return]
+    return _differentiable_backward(operator, *arguments)
+
+
+def _gradients_by_argument(gradients: Gradients, needed: Sequence[bool]) -> Gradients:
+    """Those that are needed, and None for all other arguments of the operator."""
+    given = [g if need else None for g, need in zip(gradients, needed, strict=False)]
+    return given + [None] * (len(needed) - len(given))
 
 
 # Controls that wait for backward: their tensors are left to autograd, which sees when one is changed in place.
@@ -237,6 +328,39 @@ class _FastrnnEagerLayer(torch.autograd.Function):
         return results[: operator.results]
 
     backward = _FastrnnLayer.backward
+
+
+class _FastrnnEagerLayers(torch.autograd.Function):
+    """Two layers in one call."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, *arguments: Any) -> Results:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = halves(operator.forward_both(*arguments))
+        kept, tensors = zip(*map(partial(_kept, operator), halves(arguments), results), strict=True)
+        ctx.operator, ctx.kept, ctx.first_tensors = operator, kept, len(tensors[0])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[0], *tensors[1])
+        return *results[0][: operator.results], *results[1][: operator.results]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_results: Tensor | None) -> Gradients:
+        operator, tensors = ctx.operator, ctx.saved_tensors
+        needed = halves(ctx.needs_input_grad[1:])
+        kept = tensors[: ctx.first_tensors], tensors[ctx.first_tensors :]
+        first, second = map(partial(_backward_arguments, operator), ctx.kept, kept, halves(grad_results), needed)
+        if torch.compiler.is_compiling() or _is_differentiated(*first, *second) or _is_forward_mode():
+            gradients = _call_backward(operator, first), _call_backward(operator, second)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                gradients = halves(operator.backward_both(*first, *second))
+        first, second = map(_gradients_by_argument, gradients, needed)
+        return None, *first, *second
+
+
+def halves(both: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What belongs to the first of two layers, and to the second."""
+    return both[: len(both) // 2], both[len(both) // 2 :]
 
 
 class _FastrnnGradient(torch.autograd.Function):

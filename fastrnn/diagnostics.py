@@ -23,6 +23,7 @@ from torch.nn.functional import leaky_relu, linear
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import cells
+from fastrnn.autograd import Meet
 from fastrnn.convert import convert, revert
 from fastrnn.options import run_in_chunks
 from fastrnn.reference import LAYER_NORM_GROUPS, layer_norm_gates
@@ -340,9 +341,10 @@ class _Recorder:
         *weights_and_states: Any,
         batch_sizes: Tensor | None = None,
         reverse: bool = False,
+        meet: Meet | None = None,
         **options: Any,
     ) -> tuple[Tensor, ...]:
-        """Takes and returns what the module's `_op` does."""
+        """Takes and returns what the module's `_op` does. Its steps meet with nothing."""
         input = input if self._is_stack else input.unsqueeze(0)
         weights, states = weights_and_states[:4], weights_and_states[4:]
         self._recorded.clear()

@@ -71,7 +71,7 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
             if data.device.type == "cuda":
                 path = _cuda_path(problem, kind, projected != hidden, dtype, data.device, beyond)
             else:
-                path = _cpu_path(problem | {"I": width, "P": projected} | _cell_problem(module))
+                path = _cpu_path(problem | {"I": width, "P": projected, "layers": directions} | _cell_problem(module))
                 if kind == "RNN" and T == 1 and not beyond:
                     path += "; with gradients, and where B or H is small, torch's own operator for one step"
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
@@ -124,7 +124,8 @@ def _cpu_path(problem: dict[str, Any]) -> str:
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads, {shared}"
     in_place = [name for name, packed in (("W_ih", plan.pack_input), ("W_hh", plan.pack_recurrent)) if not packed]
     weights = f"; {' and '.join(in_place)} read in place, too few rows to pack for" if in_place else ""
-    return f"fused CPU kernel ({_C.isa()}) on {threads}: {plan.reason}{weights}"
+    compiled = " (in a compiled program one after the other)" if plan.side_by_side else ""
+    return f"fused CPU kernel ({_C.isa()}) on {threads}: {plan.reason}{compiled}{weights}"
 
 
 def _cuda_path(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The operators: typed functions over `torch.ops.fastrnn`, with their fake kernels, derivatives and batching rules.
 
-One operator runs one layer in one direction. Backward is an operator of its own; its derivative, which double backward
-asks for, is taken through `fastrnn.reference`, and so is forward-mode differentiation as a whole. Under `torch.vmap`
-the operators run once per member. Autocast does not reach into them: they compute in the dtype of their arguments.
+One operator runs one layer in one direction, eagerly another one both directions. Backward is an operator of its own;
+its derivative, which double backward asks for, is taken through `fastrnn.reference`, and so is forward-mode
+differentiation as a whole. Under `torch.vmap` the operators run once per member. Autocast does not reach into them:
+they compute in the dtype of their arguments.
 
 Letters: T time, B batch, I input, H hidden, P projection (P = H without one), N the sum of `batch_sizes`, G gates.
 """
@@ -18,7 +19,7 @@ from torch.nn.functional import linear
 from typing_extensions import Unpack  # a requirement of torch
 
 from . import _library, reference
-from .autograd import Operator
+from .autograd import Meet, Operator, halves
 
 _library.load()
 
@@ -73,6 +74,7 @@ def rnn_layer(
     reverse: bool = False,
     nonlinearity: str = "tanh",
     recompute: bool = False,
+    meet: Meet | None = None,
     **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor]:
     r"""Runs one RNN layer in one direction over a sequence.
@@ -93,6 +95,7 @@ def rnn_layer(
         reverse: Run from t = T-1 down to 0; ``output[t]`` still belongs to ``input[t]``.
         nonlinearity: ``"tanh"``, ``"relu"`` or ``"leaky_relu"`` with the slope 0.01.
         recompute: Whether backward runs the layer again in place of keeping its gates.
+        meet: Of `fastrnn.autograd.side_by_side`.
         controls: See `Controls`.
 
     Returns:
@@ -112,7 +115,7 @@ def rnn_layer(
         )
     arguments = (input, w_ih, w_hh, b_ih, b_hh, None, h0, batch_sizes, reverse)
     output, h_n, *_ = _RNN[nonlinearity](
-        *arguments, controls=_control_arguments("rnn_layer", controls, Controls), recompute=recompute
+        *arguments, controls=_control_arguments("rnn_layer", controls, Controls), recompute=recompute, meet=meet
     )
     return output, h_n
 
@@ -153,6 +156,7 @@ def gru_layer(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     recompute: bool = False,
+    meet: Meet | None = None,
     **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor]:
     r"""Runs one GRU layer in one direction over a sequence.
@@ -195,7 +199,7 @@ def gru_layer(
         x_gates = linear(input, w_ih, bias) if w_ih is not None else input if bias is None else input + bias
         operator, arguments = _GRU_BEFORE, (x_gates, None, w_hh, None, None, None, h0, batch_sizes, reverse)
     output, h_n, *_ = operator(
-        *arguments, controls=_control_arguments("gru_layer", controls, Controls), recompute=recompute
+        *arguments, controls=_control_arguments("gru_layer", controls, Controls), recompute=recompute, meet=meet
     )
     return output, h_n
 
@@ -216,6 +220,7 @@ def lstm_layer(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     recompute: bool = False,
+    meet: Meet | None = None,
     **controls: Unpack[CellStateControls],
 ) -> tuple[Tensor, ...]:
     r"""Runs one LSTM layer in one direction over a sequence.
@@ -248,6 +253,7 @@ def lstm_layer(
         batch_sizes: (T,), or None.
         reverse: Run from the last step to the first.
         recompute: As of `rnn_layer`.
+        meet: As of `rnn_layer`.
         controls: See `CellStateControls`.
 
     Returns:
@@ -267,7 +273,10 @@ def lstm_layer(
         w_cell = _layer_norm_parameters("lstm_layer", w_hh, b_ih, b_hh, *layer_norm)
         operator, arguments = _LSTM_NORM, (input, w_ih, w_hh, None, None, w_hr, w_cell, h0, c0, batch_sizes, reverse)
     results = operator(
-        *arguments, controls=_control_arguments("lstm_layer", controls, CellStateControls), recompute=recompute
+        *arguments,
+        controls=_control_arguments("lstm_layer", controls, CellStateControls),
+        recompute=recompute,
+        meet=meet,
     )
     return results[: 4 if controls and controls.get("return_cells") else 3]
 
@@ -284,6 +293,7 @@ def slstm_layer(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     recompute: bool = False,
+    meet: Meet | None = None,
     **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Runs one sLSTM layer in one direction over a sequence.
@@ -307,7 +317,7 @@ def slstm_layer(
     """
     arguments = (input, w_ih, w_hh, b_ih, b_hh, None, None, h0, c0, batch_sizes, reverse)
     output, h_n, c_n, *_ = _SLSTM(
-        *arguments, controls=_control_arguments("slstm_layer", controls, Controls), recompute=recompute
+        *arguments, controls=_control_arguments("slstm_layer", controls, Controls), recompute=recompute, meet=meet
     )
     return output, h_n, c_n
 
@@ -437,6 +447,17 @@ def _h_layer_backward_fake(  # type: ignore[no-untyped-def]
     return _gradients_fake((input, w_ih, w_hh, b_ih, b_hh, w_cell), (h0,), *needed)
 
 
+def _register_fakes(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+    for op, fake in ((name, forward), (f"{name}_backward", backward)):
+        torch.library.register_fake(f"fastrnn::{op}", fake)
+        torch.library.register_fake(f"fastrnn::_{op}_both", partial(_both_fake, fake))
+
+
+def _both_fake(fake: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
+    first, second = halves(arguments)
+    return *fake(*first), *fake(*second)
+
+
 # The operators.
 
 
@@ -452,14 +473,12 @@ def _h_operator(
         options = cell | _options(Controls, batch_sizes, reverse, arguments[9:])
         return layer(*tensors, h0, **options, **({} if w_cell is None else {"w_cell": w_cell}))
 
-    torch.library.register_fake(f"fastrnn::{name}", _h_layer_fake(saved, gates))
-    torch.library.register_fake(f"fastrnn::{name}_backward", _h_layer_backward_fake)
+    _register_fakes(name, _h_layer_fake(saved, gates), _h_layer_backward_fake)
     return Operator(name, floats=7, states=1, results=2, definition=definition)
 
 
 def _c_operator(name: str, saved: int, gates: int, definition: Callable[..., tuple[Tensor, ...]]) -> Operator:
-    torch.library.register_fake(f"fastrnn::{name}", _c_layer_fake(saved, gates))
-    torch.library.register_fake(f"fastrnn::{name}_backward", _c_layer_backward_fake)
+    _register_fakes(name, _c_layer_fake(saved, gates), _c_layer_backward_fake)
     return Operator(name, floats=9, states=2, results=4, definition=definition)
 
 

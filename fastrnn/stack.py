@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn.autograd import side_by_side
 from fastrnn.options import NO_OPTIONS, Options, RecurrentOptions
 
 NO_SCRIPT = (
@@ -282,19 +283,25 @@ class LayerStack(nn.RNNBase):
         check_alike(input, "parameter", weights)
 
         per_run = len(weights) // runs
+
+        def run_one(run: int, input: Tensor, **meet: Any) -> tuple[Tensor, ...]:
+            own_weights, reverse = weights[run * per_run : (run + 1) * per_run], run % directions == 1
+            return self._run_layer(
+                input, own_weights, initial[run], controls, batch_sizes=batch_sizes, reverse=reverse, **meet
+            )
+
         final: list[Sequence[Tensor]] = []
         cells: list[Tensor] = []
         for layer in range(self.num_layers):
             outputs, cells = [], []
-            for direction in range(directions):
-                run = layer * directions + direction
-                run_weights = weights[run * per_run : (run + 1) * per_run]
-                output, *last = self._run_layer(
-                    input, run_weights, initial[run], controls, batch_sizes=batch_sizes, reverse=direction == 1
-                )
+            if directions == 1:
+                results: Sequence[Sequence[Tensor]] = [run_one(layer, input)]
+            else:
+                results = side_by_side(partial(run_one, 2 * layer, input), partial(run_one, 2 * layer + 1, input))
+            for output, *last in results:
                 outputs.append(output)
-                final.append(last[: len(initial[run])])
-                cells += last[len(initial[run]) :]
+                final.append(last[: len(initial[0])])
+                cells += last[len(initial[0]) :]
             input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
             if self.dropout > 0 and self.training and layer < self.num_layers - 1:
                 input = torch.dropout(input, self.dropout, True)

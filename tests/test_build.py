@@ -88,6 +88,18 @@ def test_plan_packs_what_serves_many_rows(T: int, B: int, H: int, packed: str) -
     assert {"ih": plan.pack_input, "hh": plan.pack_recurrent} == {name: name in packed for name in ("ih", "hh")}
 
 
+def test_plan_runs_both_directions_at_once_where_threads_wait_or_idle() -> None:
+    lstm = {"T": 100, "B": 1, "I": 128, "H": 128, "P": 128, "gates": 4, "threads": 2}
+    alone, both = _C.plan_cpu(**lstm), _C.plan_cpu(**lstm, layers=2)
+    assert (alone.threads, alone.side_by_side) == (2, False)
+    assert (both.threads, both.side_by_side) == (1, True)
+    assert not _C.plan_cpu(**lstm | {"threads": 1}, layers=2).side_by_side
+    assert not _C.plan_cpu(**lstm | {"threads": 3}, layers=2).side_by_side  # one would be left over
+    assert not _C.plan_cpu(**lstm | {"B": 32}, layers=2).side_by_side  # enough rows for all threads
+    assert not _C.plan_cpu(**lstm | {"H": 1024, "P": 1024}, layers=2).side_by_side  # too much for a thread's cache
+    assert _C.plan_cpu(**lstm | {"P": 64, "threads": 3}, layers=2).side_by_side  # a projection of one row: one thread
+
+
 def test_main_prints_the_facts() -> None:
     result = run_python("-m", "fastrnn")
     assert result.returncode == 0, result.stderr

@@ -88,6 +88,33 @@ def test_opcheck_of_what_is_not_asked_for(cell, device):
     torch.library.opcheck(backward, (grads[0], *[None] * len(grads[1:]), *saved, True, True, True))
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("other", [{}, {"T": 3}, {"I": 7}], ids=["at once", "another T", "another I"])
+@pytest.mark.parametrize("form", [{}, {"packed": True}, {"x_gates": True}], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_layers_in_one_call(cell, form, other, two_threads, device):
+    """To the last bit what each gives alone: which thread does it does not matter. Unlike ones run in turn."""
+    sizes = {"T": 20, "B": 1, "I": 24, "H": 200 if cell.startswith("rnn") else 128}
+    cases = [LayerCase(cell, **sizes, **form), LayerCase(cell, **sizes | other, **form, reverse=True)]
+    alone, together = [], []
+    for case in cases:
+        forward, backward, arguments, (grads, saved) = operators(case, device)
+        defaults = [argument.default_value for argument in forward._schema.arguments[len(arguments) :]]
+        alone.append([forward(*arguments), backward(*grads, *saved, True, True, True)])
+        together.append([[*arguments, *defaults], [*grads, *saved, True, True, True, *defaults]])
+    for which, name in enumerate(("_layer_both", "_layer_backward_both")):
+        both = getattr(torch.ops.fastrnn, f"_{cell}{name}").default(*together[0][which], *together[1][which])
+        for ours, expected in zip(both, [*alone[0][which], *alone[1][which]], strict=True):
+            assert (ours is None and expected is None) or torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("case", [case for case in layer_cases(**TINY) if case.packed], ids=str)
 def test_gradients_do_not_depend_on_what_else_is_asked_for(case, device):
     _, backward, _, (grads, saved) = operators(case, device)

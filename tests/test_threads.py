@@ -18,12 +18,17 @@ import fastrnn
 from fastrnn import _C
 
 CPU = torch.device("cpu")
-# Few rows and many units, many rows, packed rows of unequal lengths, a projection.
+# Few rows and many units, many rows, packed rows of unequal lengths, a projection. Both directions at once where few
+# rows leave threads waiting (many units) or idle (a projection).
 CASES = [Case(cell, *size, **form) for cell in CELLS for size, form in [
     ((23, 2, 40, 129), {}),
     ((9, 33, 24, 40), {"bidirectional": True}),
+    ((11, 3, 40, 128), {"bidirectional": True, "layout": "packed_unsorted"}),
     ((12, 17, 24, 40), {"layout": "packed_unsorted"}),
-]] + [Case("lstm", 9, 20, 24, 40, proj_size=9)]  # fmt: skip
+]] + [
+    Case("lstm", 9, 20, 24, 40, proj_size=9),
+    Case("lstm", 20, 1, 24, 128, proj_size=9, bidirectional=True),
+]  # fmt: skip
 
 
 @pytest.fixture

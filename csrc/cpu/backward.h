@@ -16,37 +16,44 @@ class Backward {
   using Plain = typename PlainOf<Cell>::type;
   using Panel = PanelShape<T, 1>;
 
-  Backward(const SequenceBackward<S>& p, const ThreadPool& pool)
+  // layers: that are to run together.
+  Backward(const SequenceBackward<S>& p, int layers, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
         plan_(plan_cpu(
-            {p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>})),
-        panels_(Panel::panels(p.H)) {}
+            {p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>, layers})),
+        panels_(Panel::panels(p.H)),
+        team_(plan_.threads) {}
 
-  void run() {
-    const ThreadPool& pool = plan_.threads > 1 ? pool_ : kOneThread;
+  const CpuPlan& plan() const { return plan_; }
+
+  // What comes before the threads share the work.
+  void prepare() {
+    const ThreadPool& pool = plan_.threads > 1 || plan_.side_by_side ? pool_ : kOneThread;
     hh_ = Columns<S>(p_.w_hh, p_.P, Cell::kGates * p_.H, plan_.pack_recurrent, pool);
     if (p_.w_hr) hr_ = Columns<S>(p_.w_hr, p_.H, p_.P, plan_.pack_recurrent, pool);
     if constexpr (kNormalises<Cell>) {
       for (int i = 0; i < plan_.threads; ++i) rows_.emplace_back(p_.H, panels_);
     }
+    if (plan_.split == Split::rows) row_ends_ = split_rows(p_.steps, p_.B, plan_.threads);
+  }
+
+  // The shares [begin, end) of the plan's threads.
+  void run_shares(int64_t begin, int64_t end) {
     if (plan_.split == Split::units) {
-      Team team(plan_.threads);
-      in_parallel(pool, plan_.threads, [&](int64_t begin, int64_t end) {
-        const Team::Range mine = team.join({begin, end});
-        if (mine.begin == mine.end) return;
-        const int64_t n = plan_.threads;
-        run_part({0, p_.B, panels_ * mine.begin / n, panels_ * mine.end / n},
-                 [&](int64_t step) { team.barrier(mine.end - mine.begin, step); });
-      });
+      const Team::Range mine = team_.join({begin, end});
+      if (mine.begin == mine.end) return;
+      const int64_t n = plan_.threads;
+      run_part({0, p_.B, panels_ * mine.begin / n, panels_ * mine.end / n},
+               [&](int64_t step) { team_.barrier(mine.end - mine.begin, step); });
     } else {
-      const std::vector<int64_t> rows = split_rows(p_.steps, p_.B, plan_.threads);
-      in_parallel(pool, plan_.threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          run_part({rows[i], rows[i + 1], 0, panels_, rows_.empty() ? nullptr : &rows_[i]}, [](int64_t) {});
-        }
-      });
+      for (int64_t i = begin; i < end; ++i) {
+        run_part({row_ends_[i], row_ends_[i + 1], 0, panels_, rows_.empty() ? nullptr : &rows_[i]}, [](int64_t) {});
+      }
     }
+  }
+
+  void finish() {
     if constexpr (kNormalises<Cell>) {
       std::fill_n(p_.d_w_cell, Cell::kParameters * p_.H, T(0));
       for (const WholeRow& row : rows_) {
@@ -419,6 +426,8 @@ class Backward {
   Columns<S> hh_;               // [G*H, P]
   Columns<S> hr_;               // [P, H]
   std::vector<WholeRow> rows_;  // one for each thread
+  std::vector<int64_t> row_ends_;
+  Team team_;
 };
 
 }  // namespace fastrnn::FASTRNN_ISA

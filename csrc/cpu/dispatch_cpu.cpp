@@ -7,16 +7,16 @@
 
 namespace fastrnn {
 
-#define FASTRNN_DECLARE(isa)                                                    \
-  namespace isa {                                                               \
-  template <template <typename> class Cell, typename scalar_t>                  \
-  void sequence_forward(const SequenceForward<scalar_t>&, const ThreadPool&);   \
-  template <template <typename> class Cell, typename scalar_t>                  \
-  void sequence_backward(const SequenceBackward<scalar_t>&, const ThreadPool&); \
-  template <typename scalar_t>                                                  \
-  void input_gradient(const InputGradient<scalar_t>&, const ThreadPool&);       \
-  template <typename scalar_t>                                                  \
-  void weight_gradient(const WeightGradient<scalar_t>&, const ThreadPool&);     \
+#define FASTRNN_DECLARE(isa)                                                         \
+  namespace isa {                                                                    \
+  template <template <typename> class Cell, typename scalar_t>                       \
+  void sequence_forward(const SequenceForward<scalar_t>*, int, const ThreadPool&);   \
+  template <template <typename> class Cell, typename scalar_t>                       \
+  void sequence_backward(const SequenceBackward<scalar_t>*, int, const ThreadPool&); \
+  template <typename scalar_t>                                                       \
+  void input_gradient(const InputGradient<scalar_t>&, const ThreadPool&);            \
+  template <typename scalar_t>                                                       \
+  void weight_gradient(const WeightGradient<scalar_t>&, const ThreadPool&);          \
   }
 FASTRNN_DECLARE(portable)
 FASTRNN_DECLARE(avx2)
@@ -25,43 +25,44 @@ FASTRNN_DECLARE(avx512_bf16)
 #undef FASTRNN_DECLARE
 
 #if defined(__x86_64__)
-#define FASTRNN_DISPATCH(function)                \
+#define FASTRNN_DISPATCH(call)                    \
   if constexpr (std::is_same_v<scalar_t, Bf16>) { \
-    return avx512_bf16::function(p, pool);        \
+    return avx512_bf16::call;                     \
   } else {                                        \
     switch (best_isa()) {                         \
       case Isa::avx512_bf16:                      \
       case Isa::avx512:                           \
-        return avx512::function(p, pool);         \
+        return avx512::call;                      \
       case Isa::avx2:                             \
-        return avx2::function(p, pool);           \
+        return avx2::call;                        \
       default:                                    \
-        return portable::function(p, pool);       \
+        return portable::call;                    \
     }                                             \
   }
 #else
-#define FASTRNN_DISPATCH(function) \
-  if constexpr (!std::is_same_v<scalar_t, Bf16>) return portable::function(p, pool);
+#define FASTRNN_DISPATCH(call) \
+  if constexpr (!std::is_same_v<scalar_t, Bf16>) return portable::call;
 #endif
 
 template <template <typename> class Cell, typename scalar_t>
-void sequence_forward_cpu(const SequenceForward<scalar_t>& p, const ThreadPool& pool) {
-  FASTRNN_DISPATCH(sequence_forward<Cell>)
+void sequence_forward_cpu(const SequenceForward<scalar_t>* layers, int count, const ThreadPool& pool) {
+  FASTRNN_DISPATCH(sequence_forward<Cell>(layers, count, pool))
 }
 template <template <typename> class Cell, typename scalar_t>
-void sequence_backward_cpu(const SequenceBackward<scalar_t>& p, const ThreadPool& pool) {
-  FASTRNN_DISPATCH(sequence_backward<Cell>)
+void sequence_backward_cpu(const SequenceBackward<scalar_t>* layers, int count, const ThreadPool& pool) {
+  FASTRNN_DISPATCH(sequence_backward<Cell>(layers, count, pool))
 }
 template <typename scalar_t>
 void input_gradient_cpu(const InputGradient<scalar_t>& p, const ThreadPool& pool) {
-  FASTRNN_DISPATCH(input_gradient)
+  FASTRNN_DISPATCH(input_gradient(p, pool))
 }
 template <typename scalar_t>
-void weight_gradient_cpu(const WeightGradient<scalar_t>& p, const ThreadPool& pool){FASTRNN_DISPATCH(weight_gradient)}
+void weight_gradient_cpu(const WeightGradient<scalar_t>& p,
+                         const ThreadPool& pool){FASTRNN_DISPATCH(weight_gradient(p, pool))}
 
-#define FASTRNN_INSTANTIATE_CELL(Cell, scalar_t)                                                 \
-  template void sequence_forward_cpu<Cell>(const SequenceForward<scalar_t>&, const ThreadPool&); \
-  template void sequence_backward_cpu<Cell>(const SequenceBackward<scalar_t>&, const ThreadPool&);
+#define FASTRNN_INSTANTIATE_CELL(Cell, scalar_t)                                                      \
+  template void sequence_forward_cpu<Cell>(const SequenceForward<scalar_t>*, int, const ThreadPool&); \
+  template void sequence_backward_cpu<Cell>(const SequenceBackward<scalar_t>*, int, const ThreadPool&);
 #define FASTRNN_INSTANTIATE(name, Cell)  \
   FASTRNN_INSTANTIATE_CELL(Cell, float)  \
   FASTRNN_INSTANTIATE_CELL(Cell, double) \

@@ -21,16 +21,21 @@ class Forward {
   using Gates = PanelShape<T, Cell::kGates>;
   using Projection = PanelShape<T, 1>;
 
-  Forward(const SequenceForward<S>& p, const ThreadPool& pool)
+  // layers: that are to run together.
+  Forward(const SequenceForward<S>& p, int layers, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
-        plan_(plan_cpu(
-            {p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>})),
+        plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>,
+                        kNormalises<Cell>, layers})),
         panels_(Gates::panels(p.H)),
-        packs_own_panels_(plan_.split == Split::units || plan_.threads == 1) {}
+        packs_own_panels_(plan_.split == Split::units || plan_.threads == 1),
+        team_(plan_.threads) {}
 
-  void run() {
-    prepare();
+  const CpuPlan& plan() const { return plan_; }
+
+  // What comes before the threads share the work.
+  void prepare() {
+    prepare_weights();
     if (p_.w_hr) m_ = Buffer<S>(p_.B * p_.H);
     if (kResetsBefore<Cell>) z_ = Buffer<T>(p_.B * p_.H);
     if (kNormalises<Cell>) products_ = Buffer<T>(p_.B * 2 * Cell::kGates * p_.H);
@@ -41,21 +46,25 @@ class Forward {
     if (p_.h_in) mask_h0();
     if (plan_.split == Split::units) {
       lanes_.emplace_back(*this, 0, p_.B, plan_.threads);
-      Team team(plan_.threads);
-      in_parallel(pool_, plan_.threads, [&](int64_t begin, int64_t end) {
-        const Team::Range mine = team.join({begin, end});
-        if (mine.begin == mine.end) return;
-        const int64_t n = plan_.threads, panel_begin = panels_ * mine.begin / n, panel_end = panels_ * mine.end / n;
-        run_lane(lanes_[0], panel_begin, panel_end, [&](int64_t step) { team.barrier(mine.end - mine.begin, step); });
-      });
     } else {
       const std::vector<int64_t> rows = split_rows(p_.steps, p_.B, plan_.threads);
       for (int i = 0; i < plan_.threads; ++i) lanes_.emplace_back(*this, rows[i], rows[i + 1], 1);
-      in_parallel(pool_, plan_.threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) run_lane(lanes_[i], 0, panels_, [](int64_t) {});
-      });
     }
   }
+
+  // The shares [begin, end) of the plan's threads.
+  void run_shares(int64_t begin, int64_t end) {
+    if (plan_.split == Split::units) {
+      const Team::Range mine = team_.join({begin, end});
+      if (mine.begin == mine.end) return;
+      const int64_t n = plan_.threads, panel_begin = panels_ * mine.begin / n, panel_end = panels_ * mine.end / n;
+      run_lane(lanes_[0], panel_begin, panel_end, [&](int64_t step) { team_.barrier(mine.end - mine.begin, step); });
+    } else {
+      for (int64_t i = begin; i < end; ++i) run_lane(lanes_[i], 0, panels_, [](int64_t) {});
+    }
+  }
+
+  void finish() {}
 
  private:
   // Rows of the batch that run together, and what they share. Its memory is taken before the threads start: in one of
@@ -169,7 +178,7 @@ class Forward {
   }
 
   // The buffers for packed weights, and what is packed before the lanes start.
-  void prepare() {
+  void prepare_weights() {
     if (plan_.pack_recurrent) {
       packed_hh_ = Buffer<S>(panels_ * padded<S>(p_.P) * Gates::kColumns);
       bias_hh_ = pack_bias(p_.b_hh);
@@ -440,6 +449,7 @@ class Forward {
   Buffer<T> products_;           // [B, 2, G, H]  of a cell that normalises: W_ih x and W_hh h
   Buffer<S> zeros_;              // [P]  h after a reset
   std::vector<Lane> lanes_;
+  Team team_;
 };
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -4,12 +4,12 @@
 namespace fastrnn::FASTRNN_ISA {
 
 template <template <typename> class Cell, typename scalar_t>
-void sequence_forward(const SequenceForward<scalar_t>& p, const ThreadPool& pool) {
-  Forward<Cell, scalar_t>(p, pool).run();
+void sequence_forward(const SequenceForward<scalar_t>* layers, int count, const ThreadPool& pool) {
+  run_passes<Forward<Cell, scalar_t>>(layers, count, pool);
 }
 template <template <typename> class Cell, typename scalar_t>
-void sequence_backward(const SequenceBackward<scalar_t>& p, const ThreadPool& pool) {
-  Backward<Cell, scalar_t>(p, pool).run();
+void sequence_backward(const SequenceBackward<scalar_t>* layers, int count, const ThreadPool& pool) {
+  run_passes<Backward<Cell, scalar_t>>(layers, count, pool);
 }
 template <typename scalar_t>
 void weight_gradient(const WeightGradient<scalar_t>& p, const ThreadPool& pool) {
@@ -19,9 +19,9 @@ void weight_gradient(const WeightGradient<scalar_t>& p, const ThreadPool& pool) 
 #define FASTRNN_INSTANTIATE_TYPE(scalar_t)                                         \
   template void input_gradient(const InputGradient<scalar_t>&, const ThreadPool&); \
   template void weight_gradient(const WeightGradient<scalar_t>&, const ThreadPool&);
-#define FASTRNN_INSTANTIATE_CELL(Cell, scalar_t)                                             \
-  template void sequence_forward<Cell>(const SequenceForward<scalar_t>&, const ThreadPool&); \
-  template void sequence_backward<Cell>(const SequenceBackward<scalar_t>&, const ThreadPool&);
+#define FASTRNN_INSTANTIATE_CELL(Cell, scalar_t)                                                  \
+  template void sequence_forward<Cell>(const SequenceForward<scalar_t>*, int, const ThreadPool&); \
+  template void sequence_backward<Cell>(const SequenceBackward<scalar_t>*, int, const ThreadPool&);
 #if defined(FASTRNN_BF16)
 FASTRNN_INSTANTIATE_TYPE(Bf16)
 #define FASTRNN_INSTANTIATE(name, Cell) FASTRNN_INSTANTIATE_CELL(Cell, Bf16)

@@ -2,9 +2,11 @@
 // How the threads of one launch share its work: ranges of rows, and a barrier for those that split the hidden units.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <initializer_list>
 #include <thread>
 #include <vector>
 
@@ -140,5 +142,36 @@ class Team {
   std::atomic<int> state_{kGathering};
   alignas(64) std::atomic<int64_t> passed_{0};
 };
+
+// Runs passes that do not wait for each other: side by side, each with its part of the threads, or one after the other,
+// as their plan says. A pass has prepare(), run_shares(begin, end) for the shares of its plan, and finish().
+template <typename Pass, typename Params>
+void run_passes(const Params* params, int count, const ThreadPool& pool) {
+  const auto run = [&](std::initializer_list<Pass*> passes) {
+    int64_t shares = 0;
+    for (Pass* pass : passes) {
+      pass->prepare();
+      shares += pass->plan().threads;
+    }
+    in_parallel(pool, shares, [&](int64_t begin, int64_t end) {
+      int64_t first = 0;
+      for (Pass* pass : passes) {
+        const int64_t of_pass = pass->plan().threads;
+        const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, of_pass);
+        if (from < to) pass->run_shares(from, to);
+        first += of_pass;
+      }
+    });
+    for (Pass* pass : passes) pass->finish();
+  };
+  if (count == 2) {
+    Pass first(params[0], 2, pool), second(params[1], 2, pool);
+    if (first.plan().side_by_side && second.plan().side_by_side) return run({&first, &second});
+  }
+  for (int i = 0; i < count; ++i) {
+    Pass pass(params[i], 1, pool);
+    run({&pass});
+  }
+}
 
 }  // namespace fastrnn
