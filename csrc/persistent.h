@@ -34,6 +34,7 @@ struct PersistentForward {
   float* saved_c;         // [N, H]  c after each step; null in inference and for cells without c
   // workspace
   void* exchange;    // [tiling.exchange_packets()] of 16 bytes, aligned to 16, zero; null below grade 3
+  void* streamed;    // [tiling.streamed_packets()] of 16 bytes, aligned to 16; null where there are none
   uint32_t* failed;  // null, or set to 1 when a block waited in vain for another: what it missed is NaN
 };
 
@@ -59,6 +60,7 @@ struct PersistentBackward {
   scalar_t* d_c0;       // [B, H]; null for cells without c
   // workspace, as forward
   void* exchange;
+  void* streamed;
   uint32_t* failed;
 };
 

@@ -13,13 +13,12 @@
 namespace fastrnn {
 
 // What the environment asks for: FASTRNN_PATH (gates, persistent), and for tests of the persistent kernels
-// FASTRNN_PERSISTENT_GRADE (1, 2, 3), FASTRNN_PERSISTENT_BLOCKS (of a team) and FASTRNN_PERSISTENT_TEAMS (at most).
-// Read at every call.
+// FASTRNN_PERSISTENT_GRADE (1, 2, 3), FASTRNN_PERSISTENT_BLOCKS (of a team), FASTRNN_PERSISTENT_TEAMS (at most) and
+// FASTRNN_PERSISTENT_GROUPS_IN_SHARED (at most, of a warp). Read at every call.
 inline CudaForce forced_by_environment() {
   CudaForce force;
-  const auto number = [](const char* name) {
-    const char* value = std::getenv(name);
-    return value ? std::atoi(value) : 0;
+  const auto number = [](const char* name, int& to) {
+    if (const char* value = std::getenv(name); value && *value) to = std::atoi(value);
   };
   if (const char* path = std::getenv("FASTRNN_PATH"); path && *path) {
     const bool gates = std::strcmp(path, "gates") == 0;
@@ -27,9 +26,10 @@ inline CudaForce forced_by_environment() {
           "fastrnn: expected FASTRNN_PATH to be gates or persistent, got ", path);
     force.path = gates ? CudaPath::gates : CudaPath::persistent;
   }
-  force.grade = number("FASTRNN_PERSISTENT_GRADE");
-  force.blocks = number("FASTRNN_PERSISTENT_BLOCKS");
-  force.teams = number("FASTRNN_PERSISTENT_TEAMS");
+  number("FASTRNN_PERSISTENT_GRADE", force.grade);
+  number("FASTRNN_PERSISTENT_BLOCKS", force.blocks);
+  number("FASTRNN_PERSISTENT_TEAMS", force.teams);
+  number("FASTRNN_PERSISTENT_GROUPS_IN_SHARED", force.groups_in_shared);
   return force;
 }
 
@@ -151,7 +151,7 @@ struct PersistentPath : GatesPath<Cell> {
       return launch_persistent_forward<Cell, T>(
           {workspace.steps(l), l.H, plan.tiling, in<T>(x_gates), in<T>(l.w_hh), in<T>(l.b_hh), in<T>(l.h0), in<T>(l.c0),
            out<T>(r.output), out<T>(r.h_n), out<T>(r.c_n), out<T>(r.saved_gates), out<float>(r.saved_c),
-           out<void>(workspace.exchange), failure_word()},
+           out<void>(workspace.exchange), out<void>(workspace.streamed), failure_word()},
           plan.arithmetic, device.stream());
     });
     if (!launched(status)) return std::nullopt;
@@ -177,7 +177,7 @@ struct PersistentPath : GatesPath<Cell> {
           {workspace.steps(l), l.H, plan.tiling, in<T>(l.w_hh), in<T>(l.h0), in<T>(l.c0), in<T>(saved.output),
            in<T>(saved.saved_gates), in<float>(saved.saved_c), in<T>(d_out), in<T>(d_h), in<T>(d_c),
            out<T>(g.d_x_gates), out<T>(g.d_h_gates), out<T>(g.d_h0), out<T>(g.d_c0), out<void>(workspace.exchange),
-           failure_word()},
+           out<void>(workspace.streamed), failure_word()},
           plan.arithmetic, device.stream());
     });
     if (!launched(status)) return std::nullopt;
@@ -209,12 +209,15 @@ struct PersistentPath : GatesPath<Cell> {
 
   // What a launch needs on the device beside its arguments.
   struct Workspace {
-    MaybeTensor exchange, row_begin;
+    MaybeTensor exchange, streamed, row_begin;
 
     Workspace(const Layer& l, const PersistentTiling& tiling, const OnDevice& device) {
       if (const int64_t packets = tiling.exchange_packets()) {
         exchange = empty(l.input, {packets * 2}, ScalarType::Long);
         set_zero(*exchange);
+      }
+      if (const int64_t packets = tiling.streamed_packets()) {
+        streamed = empty(l.input, {packets * 2}, ScalarType::Long);
       }
       if (l.input.dim() == 2) {
         row_begin = empty(l.input, {l.T + 1}, ScalarType::Long);

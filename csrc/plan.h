@@ -119,26 +119,35 @@ struct CudaDevice {
   int capability;        // 90 for sm_90
   int multiprocessors;   // that this process may use
   int shared_per_block;  // bytes, the most that a kernel may ask for
+  int l2_bytes;
 };
 
 // What tests and the benchmark ask for; the default leaves everything to the plan.
 struct CudaForce {
   std::optional<CudaPath> path;
-  int grade = 0;   // 0: any
-  int blocks = 0;  // of a team; 0: as few as hold the weights
-  int teams = 0;   // at most; 0: as many as the device has room for
+  int grade = 0;              // 0: any
+  int blocks = 0;             // of a team; 0: as few as hold the weights
+  int teams = 0;              // at most; 0: as many as the device has room for
+  int groups_in_shared = -1;  // at most, of a warp; -1: as many as shared memory has room for
 };
 
 // How the persistent kernels share a layer. Hidden states travel in packets of 16 bytes: units_per_packet neighbouring
 // units of one row of the batch. A block owns packets_per_block packets, so some hidden units with all their gates, and
-// keeps their rows of the weight on chip; its warps share the product as warps_m groups of rows by warps_k slices of
-// its depth. The blocks of a team exchange states with each other and with nobody else.
+// their rows of the weight; its warps share the product as warps_m groups of rows by warps_k slices of its depth. The
+// blocks of a team exchange states with each other and with nobody else.
+//
+// A warp holds the weight of the first groups of its slice in registers, of the next ones in shared memory. What is
+// left is streamed: it lies in global memory, where the L2 cache keeps it, and passes through kStages places of shared
+// memory at every step.
 struct PersistentTiling {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kBatch = 16;      // rows of the batch that a product takes at once
   static constexpr int kItems = 4;       // values of one tile of the batch that a thread owns, at most
   static constexpr int kSumStride = 17;  // kBatch, padded against bank conflicts
   static constexpr int kMaxCluster = 16;
+  static constexpr int kStages = 4;    // groups of a warp's weight that are on their way: hides the latency of L2
+  static constexpr int kInFlight = 4;  // packets of the operand that a thread asks for before it looks at the first
+  static constexpr int kWindow = 4;    // groups of a small window
 
   int grade;  // 1: a team is one block; 2: a cluster; 3: blocks anywhere on the device
   int teams, blocks;
@@ -148,32 +157,41 @@ struct PersistentTiling {
   int weight_tiles;      // of 16 rows: the rows of the weight that a block owns
   int groups;            // of 4 packets: the depth of the product
   int warps_m, warps_k;  // warps_m * warps_k == kWarps
-  int groups_per_warp, groups_in_registers;
+  int groups_per_warp, groups_in_registers, groups_in_shared;
+  int window;  // groups of a warp whose operand grade 3 fetches at once: all, or kWindow to leave the weight more room
   int states;
   int gates;
 
   FASTRNN_HD int batch_tiles() const { return (rows_per_team + kBatch - 1) / kBatch; }
   FASTRNN_HD int columns() const { return rows_per_team < kBatch ? 8 : kBatch; }  // rows of the batch in a tile
   FASTRNN_HD int items() const { return packets_per_block * columns() * slots; }  // of a tile
-  FASTRNN_HD int groups_in_shared() const {                                       // of a warp
-    return groups_per_warp > groups_in_registers ? groups_per_warp - groups_in_registers : 0;
+  FASTRNN_HD int groups_on_chip() const { return groups_in_registers + groups_in_shared; }  // of a warp, at most
+  FASTRNN_HD int groups_streamed() const {                                                  // of a warp
+    return groups_per_warp > groups_on_chip() ? groups_per_warp - groups_on_chip() : 0;
   }
+  FASTRNN_HD int packets_of(int groups) const { return groups * weight_tiles * 64; }  // of the weight, of warps_m warps
+  FASTRNN_HD int operand_packets() const { return groups * columns() * 4; }           // of one tile of the batch
   // Elements of the arrays in shared memory, in the order in which they are carved.
-  FASTRNN_HD int weight_packets() const { return warps_k * groups_in_shared() * weight_tiles * 64; }
-  FASTRNN_HD int operand_packets() const { return groups * columns() * 4; }  // of one tile of the batch
-  FASTRNN_HD int operand_buffers() const { return grade == 3 ? 1 : 2 * batch_tiles(); }
+  FASTRNN_HD int weight_places() const {
+    return warps_k * packets_of(groups_in_shared + (groups_streamed() > 0 ? kStages : 0));
+  }
+  FASTRNN_HD int operand_places() const {
+    return grade == 3 ? warps_k * window * columns() * 4 : 2 * batch_tiles() * operand_packets();
+  }
   FASTRNN_HD int sums() const { return warps_k * weight_tiles * 16 * kSumStride; }  // twice
   FASTRNN_HD int state_values() const { return states * batch_tiles() * items(); }
   FASTRNN_HD int biases() const { return gates * packets_per_block * slots; }
   int64_t shared_bytes() const {
     const auto aligned = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
-    return aligned(int64_t{weight_packets()} * 16) + aligned(int64_t{operand_packets()} * operand_buffers() * 16) +
+    return aligned(int64_t{weight_places()} * 16) + aligned(int64_t{operand_places()} * 16) +
            aligned(int64_t{sums()} * 2 * 4) + aligned(int64_t{state_values()} * 4) + int64_t{biases()} * 4;
   }
   // Packets in global memory through which a team of grade 3 exchanges: two buffers for each tile of each team.
   constexpr int64_t exchange_packets() const {
     return grade == 3 ? int64_t{2} * teams * batch_tiles() * operand_packets() : 0;
   }
+  // Packets in global memory that are streamed, of all blocks.
+  int64_t streamed_packets() const { return int64_t{teams} * blocks * warps_k * packets_of(groups_streamed()); }
 };
 
 struct CudaPlan {
@@ -188,24 +206,54 @@ struct CudaPlan {
 // for each group of each tile.
 FASTRNN_HD constexpr int weight_tiles_per_warp(Pass pass) { return pass == Pass::forward ? 2 : 1; }
 FASTRNN_HD constexpr int groups_in_registers(Pass pass, Arithmetic a) {
-  const int fragments = a == Arithmetic::fp32 ? 8 : 16;  // sums of plain multiply-adds take more registers themselves
-  return fragments / weight_tiles_per_warp(pass);
+  if (a == Arithmetic::fp32) return 8 / weight_tiles_per_warp(pass);  // sums of plain multiply-adds take many themselves
+  return pass == Pass::forward ? 8 : 15;  // 16 in backward leave too few for the values of an LSTM that a thread owns
+}
+
+constexpr int64_t divide(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounding up
+
+// With grade 3 one slot tells the step.
+constexpr int units_per_packet(Arithmetic a, int grade) { return 16 / storage_bytes(a) - (grade == 3); }
+// Of the weight, for a packet that a block owns.
+constexpr int rows_per_packet(const CudaProblem& p, int grade) {
+  return units_per_packet(p.arithmetic, grade) * (p.pass == Pass::forward ? p.gates : 1);
+}
+
+// Gives each group of the weight its place. As much as possible stays on the chip; a smaller window of the operand goes
+// before streaming. Whether there is room at all.
+inline bool place_groups(PersistentTiling& t, const CudaDevice& device, int most_in_shared) {
+  using Tiling = PersistentTiling;
+  const int overflow = std::max(0, t.groups_per_warp - t.groups_in_registers);
+  const auto fits = [&](int window, int in_shared) {
+    t.window = window;
+    t.groups_in_shared = in_shared;
+    return t.shared_bytes() <= device.shared_per_block;
+  };
+  const bool all_in_shared = most_in_shared < 0 || most_in_shared >= overflow;
+  if (all_in_shared && fits(t.groups_per_warp, overflow)) return true;
+  const int window = t.grade == 3 ? std::min(t.groups_per_warp, Tiling::kWindow) : t.groups_per_warp;
+  if (all_in_shared && fits(window, overflow)) return true;
+  if (overflow == 0 || !fits(window, 0)) return false;
+  const int64_t room = (device.shared_per_block - t.shared_bytes()) / (int64_t{t.warps_k} * t.packets_of(1) * 16);
+  t.groups_in_shared = static_cast<int>(std::min<int64_t>(room, overflow - 1));
+  if (most_in_shared >= 0) t.groups_in_shared = std::min(t.groups_in_shared, most_in_shared);
+  return true;
 }
 
 // The tiling with teams of that many blocks, or nothing when a block's share is too large for it.
-inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, const CudaDevice& device, int grade,
-                                                         int blocks, int forced_teams) {
+inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, const CudaDevice& device,
+                                                         const CudaForce& force, int grade, int blocks,
+                                                         int wanted_teams) {
   using Tiling = PersistentTiling;
-  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   Tiling t{};
   t.grade = grade;
   t.states = p.states;
   t.gates = p.gates;
   t.slots = 16 / storage_bytes(p.arithmetic);
-  t.units_per_packet = t.slots - (grade == 3);  // one slot tells the step
+  t.units_per_packet = units_per_packet(p.arithmetic, grade);
   const int64_t packets = divide(p.H, t.units_per_packet), per_block = divide(packets, blocks);
-  const int vectors = p.pass == Pass::forward ? 1 : p.gates, rows = p.pass == Pass::forward ? p.gates : 1;
-  const int64_t weight_tiles = divide(per_block * t.units_per_packet * rows, 16);
+  const int vectors = p.pass == Pass::forward ? 1 : p.gates;
+  const int64_t weight_tiles = divide(per_block * rows_per_packet(p, grade), 16);
   const int64_t tiles_per_warp = weight_tiles_per_warp(p.pass);
   if (weight_tiles > Tiling::kWarps * tiles_per_warp ||
       per_block * t.slots * Tiling::kBatch > Tiling::kItems * Tiling::kThreads)
@@ -221,14 +269,17 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   t.groups_in_registers = groups_in_registers(p.pass, p.arithmetic);
 
   const int64_t room = std::max(1, device.multiprocessors / t.blocks);
-  const int64_t most_teams = forced_teams > 0 ? std::min<int64_t>(forced_teams, room) : room, eights = divide(p.B, 8);
+  if (force.teams > 0) wanted_teams = force.teams;
+  const int64_t most_teams = wanted_teams > 0 ? std::min<int64_t>(wanted_teams, room) : room, eights = divide(p.B, 8);
   int64_t rows_per_team = 8 * divide(eights, most_teams);
   if (rows_per_team > Tiling::kBatch) rows_per_team = Tiling::kBatch * divide(rows_per_team, Tiling::kBatch);
   if (rows_per_team > 1024) return {};
   t.rows_per_team = static_cast<int>(rows_per_team);
   t.teams = static_cast<int>(divide(p.B, rows_per_team));
   if ((grade == 3 ? t.teams * t.blocks : t.blocks) > device.multiprocessors) return {};
-  if (t.shared_bytes() > device.shared_per_block) return {};
+  if (!place_groups(t, device, force.groups_in_shared)) return {};
+  // More would come from memory at every step; a quarter of the cache is for what else passes through it.
+  if (t.streamed_packets() * 16 > device.l2_bytes / 4 * 3) return {};
   return t;
 }
 
@@ -242,21 +293,28 @@ inline int64_t estimated_cycles(const PersistentTiling& t, const CudaProblem& p,
   constexpr int kClusterExchange = 400;                                  // stores to another block, and a barrier
   constexpr int kGlobalExchange = 1000;                                  // a store and on average 1.5 loads through L2
   constexpr int kL2Bytes = 3200, kL2BytesPerBlock = 64;                  // a cycle, of the device and of a block
+  constexpr int kL2Latency = 600;
   const int column_tiles = t.columns() / 8, tiles_per_warp = std::min(weight_tiles_per_warp(p.pass), t.weight_tiles);
   const bool plain = p.arithmetic == Arithmetic::fp32;
 
   const int64_t products = int64_t{t.groups_per_warp} * tiles_per_warp * column_tiles * kWarpsPerScheduler;
   const int64_t product = products * (plain ? 64 : 16);  // of 16 rows, 8 columns and a group, on one scheduler
   const int64_t reads = int64_t{t.groups_per_warp} * column_tiles * (plain ? 8 * 128 : 512) +
-                        int64_t{t.groups_in_shared()} * tiles_per_warp * 1024;
-  const int64_t operands = std::max(product, reads * Tiling::kWarps / kSharedBytes);
+                        (int64_t{t.groups_in_shared} + 2 * t.groups_streamed()) * tiles_per_warp * 1024;
+  const int64_t at_once = std::min<int64_t>(int64_t{t.teams} * t.blocks, device.multiprocessors);
+  const auto through_l2 = [&](int64_t bytes) {  // of each block
+    return std::max(bytes / kL2BytesPerBlock, bytes * at_once / kL2Bytes);
+  };
+  const int64_t streamed = through_l2(int64_t{t.warps_k} * t.packets_of(t.groups_streamed()) * 16);
+  const int64_t operands = std::max({product, reads * Tiling::kWarps / kSharedBytes, streamed});
   const int64_t sums = int64_t{t.sums()} * 4 * 2 / kSharedBytes + 2 * kSharedLatency + kBarrier;
-  const int64_t cells = (t.items() + Tiling::kThreads - 1) / Tiling::kThreads * kCell;
+  const int64_t cells = divide(t.items(), Tiling::kThreads) * kCell;
   const int64_t work = operands + sums + cells, fetched = int64_t{t.operand_packets()} * 16;
   if (t.grade == 1) return t.batch_tiles() * work + kBarrier;
   if (t.grade == 2) return t.batch_tiles() * (work + fetched / (kSharedBytes / 2)) + kClusterExchange;
-  const int64_t blocks = std::min(t.teams * t.blocks, device.multiprocessors);
-  const int64_t fetch = std::max(fetched / kL2BytesPerBlock, fetched * blocks / kL2Bytes);
+  const int64_t turns = divide(int64_t{t.window} * t.columns() * 4, int64_t{t.warps_m} * 32 * Tiling::kInFlight) *
+                        divide(t.groups_per_warp, t.window);
+  const int64_t fetch = std::max(through_l2(fetched), (turns - 1) * kL2Latency);
   return std::max(t.batch_tiles() * (work + fetch), work + fetch + kGlobalExchange);  // tiles hide each other's latency
 }
 
@@ -266,22 +324,27 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   std::optional<PersistentTiling> best;
   const auto consider = [&](int grade, int blocks, int teams) {
     if ((force.grade != 0 && force.grade != grade) || (force.blocks != 0 && force.blocks != blocks)) return;
-    const auto t = persistent_tiling(p, device, grade, blocks, force.teams > 0 ? force.teams : teams);
+    const auto t = persistent_tiling(p, device, force, grade, blocks, teams);
     if (t && (!best || estimated_cycles(*t, p, device) < estimated_cycles(*best, p, device))) best = t;
   };
   consider(1, 1, 0);
   for (int blocks = 2; device.capability >= 90 && blocks <= PersistentTiling::kMaxCluster; blocks *= 2) {
     consider(2, blocks, 0);
   }
-  const int64_t eights = (p.B + 7) / 8;
+  // As many blocks as there are; or fewer that own as many packets as fill the 16-row tiles of the weight that they
+  // would take anyway.
+  const int64_t packets = divide(p.H, units_per_packet(p.arithmetic, 3)), rows = rows_per_packet(p, 3);
+  const int64_t eights = divide(p.B, 8);
   for (int teams = 1; teams <= std::min<int64_t>(eights, device.multiprocessors); teams *= 2) {
-    consider(3, force.blocks > 0 ? force.blocks : device.multiprocessors / teams, teams);
+    const int most = force.blocks > 0 ? force.blocks : device.multiprocessors / teams;
+    consider(3, most, teams);
+    consider(3, static_cast<int>(divide(packets, divide(divide(packets, most) * rows, 16) * 16 / rows)), teams);
   }
   return best;
 }
 
-// Why the path "gates" serves, whether or not the weight fits on the chip; null where that alone decides. fp32 and tf32
-// have the same reasons.
+// Why the path "gates" serves, whether or not the weight fits on the device; null where that alone decides. fp32 and
+// tf32 have the same reasons.
 inline const char* reason_for_gates(const CudaProblem& p, const CudaDevice& device, const CudaForce& force) {
   if (force.path == CudaPath::gates) return "forced";
   if (p.arithmetic == Arithmetic::fp64) return "float64 has no persistent kernel";
@@ -295,8 +358,10 @@ inline const char* reason_for_gates(const CudaProblem& p, const CudaDevice& devi
 inline CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const CudaForce& force = {}) {
   if (const char* reason = reason_for_gates(p, device, force)) return {CudaPath::gates, reason};
   const auto tiling = persistent_tiling(p, device, force);
-  if (!tiling) return {CudaPath::gates, "the recurrent weight does not fit on the chip"};
-  return {CudaPath::persistent, "forced", *tiling, p.arithmetic};
+  if (!tiling) return {CudaPath::gates, "the recurrent weight does not fit on the chip, nor what is left of it in L2"};
+  const char* reason =
+      tiling->groups_streamed() > 0 ? "forced; a part of the recurrent weight is read from L2 at each step" : "forced";
+  return {CudaPath::persistent, reason, *tiling, p.arithmetic};
 }
 
 }  // namespace fastrnn

@@ -101,6 +101,10 @@ class CudaPlan:
         """Shared memory of a block."""
 
     @property
+    def streamed_bytes(self) -> int:
+        """Of the recurrent weight, in all blocks: what the chip does not hold and each step reads from the L2 cache."""
+
+    @property
     def reason(self) -> str:
         """Why, in a few words."""
 
@@ -117,13 +121,15 @@ def plan_cuda(
     capability: int = 90,
     multiprocessors: int = 132,
     shared_per_block: int = 232448,
+    l2_bytes: int = 52428800,
     path: Literal["", "gates", "persistent"] = "",
     grade: int = 0,
     blocks: int = 0,
     teams: int = 0,
+    groups_in_shared: int = -1,
 ) -> CudaPlan:
     """The plan for one pass of a layer on a device, by default of the limits of an H100.
 
-    What is given of `path`, `grade`, `blocks` and `teams` is forced; a forced path that cannot serve comes back as
-    "gates" with the reason.
+    What is given of `path`, `grade`, `blocks`, `teams` and `groups_in_shared` is forced; a forced path that cannot
+    serve comes back as "gates" with the reason.
     """

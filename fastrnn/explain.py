@@ -152,6 +152,7 @@ def _cuda_path(
             capability=10 * gpu.major + gpu.minor,
             multiprocessors=gpu.multi_processor_count,
             shared_per_block=gpu.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+            l2_bytes=gpu.L2_cache_size,
             path=forced,  # type: ignore[arg-type]
         )
         for backward in (False, True)

@@ -391,13 +391,15 @@ def test_explain_follows_the_plan(device):
         ("persistent", fastrnn.LSTM(3, 4), "path persistent (one kernel for the whole sequence"),
         ("persistent", fastrnn.LSTM(3, 4, proj_size=2), "raises: FASTRNN_PATH=persistent cannot serve this layer"),
         ("persistent", fastrnn.LSTM(3, 4, peephole=True), "raises: FASTRNN_PATH=persistent cannot serve this"),
-        ("persistent", fastrnn.LSTM(3, 1600, device="meta", dtype=torch.float16), "blocks; backward raises: the recur"),
+        ("persistent", fastrnn.LSTM(3, 2560, device="meta", dtype=torch.float16), "blocks; backward raises: the recur"),
         ("fast", fastrnn.LSTM(3, 4), "a call raises: FASTRNN_PATH is fast, neither gates nor persistent"),
     ],
 )
 def test_explain_a_cuda_path(path, module, text, monkeypatch):
     """Of an H100, with a build that has all kernels."""
-    facts = SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448)
+    facts = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     monkeypatch.setattr(_C, "cuda_version", "13.0")
     monkeypatch.setattr(torch.ops.fastrnn, "refused_launches", lambda: 0, raising=False)

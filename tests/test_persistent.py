@@ -35,6 +35,7 @@ def plan(device: str = "h100", cell: str = "lstm", **problem) -> "_C.CudaPlan":
         capability=facts.capability,
         multiprocessors=facts.multiprocessors,
         shared_per_block=facts.shared_per_block,
+        l2_bytes=facts.l2,
         **problem,
     )
 
@@ -65,6 +66,25 @@ def test_what_the_gates_path_serves(problem, reason):
     planned = plan(**problem)
     assert (planned.path, planned.grade) == ("gates", 0)
     assert reason in planned.reason
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("H", "arithmetic"), [(2048, "fp16"), (2048, "bf16"), (1024, "tf32"), (1024, "fp32")])
+def test_layers_beyond_the_chip_are_served(H, arithmetic, cell, backward):
+    for B in (1, 7, 16, 64, 128, 256):
+        planned = plan(cell=cell, B=B, H=H, arithmetic=arithmetic, backward=backward)
+        assert planned.path == "persistent", planned.reason
+        assert planned.streamed_bytes <= 0.75 * DEVICES["h100"].l2
+        assert (planned.streamed_bytes > 0) == ("read from L2" in planned.reason)
+        assert planned.streamed_bytes > 0 or (cell, backward) != ("lstm", True)
+
+
+def test_the_chip_goes_before_the_cache():
+    """What fits on the chip stays there: more blocks and smaller windows of the operand come first."""
+    for arithmetic, B in itertools.product(("fp16", "tf32", "fp32"), (1, 16)):
+        for H in (64, 128, 256, 512, *([1024, 1536] if arithmetic == "fp16" else [])):
+            assert plan(H=H, B=B, arithmetic=arithmetic).streamed_bytes == 0, (H, B, arithmetic)
 
 
 def test_larger_layers_take_larger_teams():
@@ -204,12 +224,16 @@ FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
             RACE,
             "H128 or H24-",
         ),
+        "a window over the last one": ("if (window > 0) wait(threads);", "", RACE, "grade3 and streamed"),
         "lanes that do not wait": ("  __syncwarp();", "  ;", RACE, "grade3"),
         "a row that nobody publishes": ("(tile, at) < pass.p.steps.B", "(tile, at) <= pass.p.steps.B", STUCK, "grade3"),
     },
     "cuda/persistent.cuh": {
         "no barrier before the sum": ("      __syncthreads();\n      pass.finish", "      pass.finish", RACE, "grade1"),
-        "sums in one place": ("turn ^= 1;", "", RACE, "grade3"),
+        "sums in one place": ("batch_tiles() + tile) % 2", "batch_tiles() + tile) % 1", RACE, "grade3"),
+        "a copy that nobody waits for": ("wait<Tiling::kStages - 1>()", "wait<Tiling::kStages>()", WRONG, "streamed"),
+        "a copy of another group": ("group -= my_streamed", "group = on_chip", WRONG, "streamed"),
+        "another block's stream": ("(blockIdx.x * tiling.warps_k +", "(0 * tiling.warps_k +", WRONG, "streamed"),
         "a row beyond the batch": ("row < B;", "row <= B;", BEYOND, "grade1"),
         "a unit beyond the layer": ("unit < H &&", "unit <= H &&", BEYOND, "grade2"),
         "rows beyond a packed step": ("row_begin[t + 1] - begin : steps.B", "B : steps.B", BEYOND, "packed"),

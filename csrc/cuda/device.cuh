@@ -45,6 +45,7 @@ struct DeviceAttributes {
   int capability;  // 90 for sm_90
   int multiprocessors;
   int shared_per_block;  // bytes of shared memory, the most that a kernel may ask for
+  int l2_bytes;
 };
 
 // An object of 8 bytes in shared memory that counts arrivals and the bytes of asynchronous copies, phase after phase.
@@ -418,6 +419,7 @@ inline DeviceAttributes current_device() {
   ask(minor, cudaDevAttrComputeCapabilityMinor);
   ask(attributes.multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(attributes.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(attributes.l2_bytes, cudaDevAttrL2CacheSize);
   attributes.capability = major * 10 + minor;
   return attributes;
 }

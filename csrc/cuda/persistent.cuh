@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The path "persistent": one launch runs the whole sequence, the recurrent weight stays on chip.
+// The path "persistent": one launch runs the whole sequence, the recurrent weight stays on chip as far as it fits.
 //
 // Per step only x_gates comes from memory and only the states leave for it; the weight is read once per launch. What
 // bounds a step is the exchange of states between blocks, and what is here is shaped by that:
 //
 //   fetch    the states of the step's start, from the blocks that own them, into shared memory
-//   product  with the block's rows of the weight, which the warps hold in registers and, what is too much, in shared
-//            memory; sums of the warps that share rows meet in shared memory
+//   product  with the block's rows of the weight, which the warps hold in registers, what is too much in shared memory
+//            and what is too much for that in L2; sums of the warps that share rows meet in shared memory
 //   finish   the cell for each hidden unit of the block: sums, outputs, new states
 //   publish  the new states to the blocks of the team
 //
@@ -18,6 +18,10 @@
 // With grade 3 the last slot of a packet tells its step. A 16-byte store and a 16-byte load are each one piece, so a
 // reader that finds the right step has the right values: no flag, no fence, one trip through the L2 cache. The weight
 // for that slot is zero.
+//
+// What of the weight is streamed from L2 each lane writes there itself, once, and copies back what it wrote, round
+// after round, some groups ahead of the product: that needs no layout and no synchronisation beyond the lane's own, and
+// goes on while the block waits for the exchange.
 #pragma once
 
 #include "../persistent.h"
@@ -124,15 +128,16 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
   const Place place(tiling);
   const int lane = threadIdx.x % 32;
   SharedCarver carver;
-  Packet* const weights = tiling.groups_in_shared() > 0 ? carver.take<Packet>(tiling.weight_packets()) : nullptr;
-  Packet* const operands = carver.take<Packet>(tiling.operand_packets() * tiling.operand_buffers());
+  Packet* const weights = tiling.weight_places() > 0 ? carver.take<Packet>(tiling.weight_places()) : nullptr;
+  Packet* const operands = carver.take<Packet>(tiling.operand_places());
   float* const sums = carver.take<float>(2 * tiling.sums());
   float* const states = carver.take<float>(tiling.state_values());
   float* const biases = carver.take<float>(tiling.biases());
   Pass pass(p, place, states, biases);
   Exchange exchange(p, place, operands);
 
-  // The weight: the first groups of the warp's slice into registers, the others behind each other into shared memory.
+  // The weight: the first groups of the warp's slice into registers, the next ones behind each other into shared
+  // memory, with kStages places for those to stream behind them, the rest into global memory.
   const int my_groups = place.last_group - place.first_group;
   const int my_tiles = max(0, min(kTiles, tiling.weight_tiles - place.warp_m * kTiles));
   Packet held[kHeld][kTiles][2];
@@ -140,8 +145,15 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
     return pass.weight((place.warp_m * kTiles + tile) * 16 + half * 8 + lane / 4,
                        (place.first_group + group) * 4 + lane % 4);
   };
-  Packet* const overflow =
-      weights + (place.warp_k * tiling.groups_in_shared() * tiling.weight_tiles + place.warp_m * kTiles) * 64 + lane;
+  const int on_chip = kHeld + tiling.groups_in_shared, one_group = tiling.packets_of(1);
+  const int stages = tiling.groups_streamed() > 0 ? Tiling::kStages : 0, my_streamed = max(0, my_groups - on_chip);
+  const int my_rows = place.warp_m * kTiles * 64 + lane;
+  Packet* const in_shared = weights + place.warp_k * tiling.packets_of(tiling.groups_in_shared + stages) + my_rows;
+  const int my_stream =
+      (blockIdx.x * tiling.warps_k + place.warp_k) * tiling.packets_of(tiling.groups_streamed()) + my_rows;
+  const auto streamed = [&](int group) {
+    return static_cast<Packet*>(p.streamed) + my_stream + (group - on_chip) * one_group;
+  };
 #pragma unroll
   for (int group = 0; group < kHeld; ++group) {
 #pragma unroll
@@ -154,22 +166,37 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
     }
   }
   for (int group = kHeld; group < my_groups; ++group) {
+    Packet* to = group < on_chip ? in_shared + (group - kHeld) * one_group : streamed(group);
     for (int tile = 0; tile < my_tiles; ++tile) {
-      Packet* to = overflow + ((group - kHeld) * tiling.weight_tiles + tile) * 64;
-      to[0] = weight(group, tile, 0);
-      to[32] = weight(group, tile, 1);
+      to[tile * 64] = weight(group, tile, 0);
+      to[tile * 64 + 32] = weight(group, tile, 1);
     }
   }
   exchange.start(pass);
 
+  // The groups to stream follow each other round after round; `stage` is that of the next to be used.
+  int stage = 0;
+  const auto ask = [&](int position, int group) {
+    while (group >= my_groups) group -= my_streamed;
+    Packet* to = in_shared + position * one_group;
+    const Packet* from = streamed(group);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (tile < my_tiles) {
+        cp_async_16(to + tile * 64, from + tile * 64);
+        cp_async_16(to + tile * 64 + 32, from + tile * 64 + 32);
+      }
+    }
+    cp_async_commit();
+  };
+  for (int i = 0; i < Tiling::kStages && my_streamed > 0; ++i) ask(tiling.groups_in_shared + i, on_chip + i);
+
   const int column_tiles = tiling.columns() / 8;
-  int turn = 0;
   for (int64_t round = 0; round < Pass::rounds(p.steps.T); ++round) {
     for (int tile = 0; tile < tiling.batch_tiles(); ++tile) {
       pass.prefetch(round, tile);
-      const Packet* operand = exchange.fetch(pass, round, tile) + place.first_group * tiling.columns() * 4;
-
       typename Products::Sum sum[kTiles][kColumnTiles] = {};
+      const Packet* operand;  // of the groups of a window
       const auto multiply = [&](int group, const Packet(&a)[kTiles][2]) {
 #pragma unroll
         for (int columns = 0; columns < kColumnTiles; ++columns) {
@@ -185,26 +212,36 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
           }
         }
       };
+      for (int window = 0; window < my_groups; window += tiling.window) {
+        operand = exchange.fetch(pass, round, tile, window);
+        const int end = min(my_groups, window + tiling.window);
 #pragma unroll
-      for (int group = 0; group < kHeld; ++group) {
-        if (group < my_groups) multiply(group, held[group]);
-      }
-      for (int group = kHeld; group < my_groups; ++group) {
-        Packet a[kTiles][2];
+        for (int group = 0; group < kHeld; ++group) {
+          if (group >= window && group < end) multiply(group - window, held[group]);
+        }
+        for (int group = max(kHeld, window); group < end; ++group) {
+          const bool is_streamed = group >= on_chip;
+          if (is_streamed) cp_async_wait<Tiling::kStages - 1>();
+          const int position = is_streamed ? tiling.groups_in_shared + stage : group - kHeld;
+          const Packet* from = in_shared + position * one_group;
+          Packet a[kTiles][2];
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          if (m < my_tiles) {
-            const Packet* from = overflow + ((group - kHeld) * tiling.weight_tiles + m) * 64;
-            a[m][0] = from[0];
-            a[m][1] = from[32];
+          for (int m = 0; m < kTiles; ++m) {
+            if (m < my_tiles) {
+              a[m][0] = from[m * 64];
+              a[m][1] = from[m * 64 + 32];
+            }
+          }
+          multiply(group - window, a);
+          if (is_streamed) {
+            ask(position, group + Tiling::kStages);
+            stage = (stage + 1) % Tiling::kStages;
           }
         }
-        multiply(group, a);
       }
 
       // The sums alternate between two places: one barrier lets them be read, and none is needed before the next.
-      float* const round_sums = sums + turn * tiling.sums();
-      turn ^= 1;
+      float* const round_sums = sums + (round * tiling.batch_tiles() + tile) % 2 * tiling.sums();
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         if (m < my_tiles) {
@@ -229,6 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
     }
     if (round + 1 < Pass::rounds(p.steps.T)) exchange.end_round();
   }
+  cp_async_wait<0>();
   pass.end();
 }
 

@@ -34,7 +34,7 @@ CudaStatus launch_write(const int64_t* values, int64_t count, int64_t* to, CudaS
 
 CudaDevice cuda_device() {
   const DeviceAttributes device = current_device();
-  return {device.capability, device.multiprocessors, device.shared_per_block};
+  return {device.capability, device.multiprocessors, device.shared_per_block, device.l2_bytes};
 }
 
 bool launch_refused(CudaStatus status) {

@@ -45,18 +45,17 @@ struct SharedExchange {
 
   template <class Pass>
   __device__ void start(const Pass& pass) const {
-    for (int i = threadIdx.x; i < tiling.operand_buffers() * tiling.operand_packets(); i += kThreads) {
-      buffers[i] = Packet{};
-    }
+    for (int i = threadIdx.x; i < tiling.operand_places(); i += kThreads) buffers[i] = Packet{};
     __syncthreads();
     for (int tile = 0; tile < tiling.batch_tiles(); ++tile) {
       for (int i = threadIdx.x; i < tiling.operand_packets(); i += kThreads) buffer(0, tile)[i] = pass.initial(tile, i);
     }
     barrier();
   }
+  // The operand of the warp's slice, from its group `window` on.
   template <class Pass>
-  __device__ __forceinline__ const Packet* fetch(const Pass&, int64_t round, int tile) const {
-    return buffer(round, tile);
+  __device__ __forceinline__ const Packet* fetch(const Pass&, int64_t round, int tile, int window) const {
+    return buffer(round, tile) + (place.first_group + window) * tiling.columns() * 4;
   }
   __device__ __forceinline__ uint32_t step_bits(int /*slot*/, int64_t /*round*/) const { return 0; }
   // The lanes of the packet's values call; all have it.
@@ -82,13 +81,14 @@ struct SharedExchange {
 };
 
 // Grade 3: through global memory. Two buffers suffice: a block publishes round r + 1 after it has all of round r, and
-// then every block is done with round r - 1. The warps that share a slice of the product's depth fetch it together.
+// then every block is done with round r - 1. The warps that share a slice of the product's depth fetch it together, a
+// window after the other.
 struct GlobalExchange {
-  static constexpr int kInFlight = 4;               // loads of a thread before it looks at the first
+  static constexpr int kInFlight = Tiling::kInFlight;
   static constexpr uint32_t kMostPolls = 1u << 23;  // of one wait; a poll takes about 0.5 us
   const Tiling& tiling;
   const Place& place;
-  Packet* staging;  // [operand_packets()]
+  Packet* staging;  // [warps_k, a window]
   Packet* packets;  // [2, teams, batch tiles, operand_packets()] in global memory
   uint32_t* failed;
   bool gave_up = false;
@@ -103,51 +103,49 @@ struct GlobalExchange {
   }
 
   template <class Pass>
-  __device__ void start(const Pass&) const {
-    for (int i = threadIdx.x; i < tiling.operand_packets(); i += kThreads) staging[i] = Packet{};
-    __syncthreads();
-  }
+  __device__ void start(const Pass&) const {}
 
   template <class Pass>
-  __device__ __forceinline__ const Packet* fetch(const Pass& pass, int64_t round, int tile) {
+  __device__ __forceinline__ const Packet* fetch(const Pass& pass, int64_t round, int tile, int window) {
     const int per_group = tiling.columns() * 4, threads = tiling.warps_m * 32;
-    const int begin = place.first_group * per_group, end = place.last_group * per_group;
-    const int first = begin + place.warp_m * 32 + threadIdx.x % 32;
+    const int begin = (place.first_group + window) * per_group;  // of the window, in the tile's packets
+    const int count = min(tiling.window * per_group, place.last_group * per_group - begin);
+    const int first = place.warp_m * 32 + threadIdx.x % 32;
+    Packet* const staged = staging + place.warp_k * tiling.window * per_group;
+    if (window > 0) wait(threads);  // for the products with the last window
     if (round == 0) {
-      for (int i = first; i < end; i += threads) staging[i] = pass.initial(tile, i);
+      for (int i = first; i < count; i += threads) staged[i] = pass.initial(tile, begin + i);
     } else {
-      const Packet* from = buffer(round, tile);
+      const Packet* from = buffer(round, tile) + begin;
       const uint32_t expected = step_bits(tiling.units_per_packet, round);
-      for (int i = first; i < end; i += kInFlight * threads) {
+      for (int i = first; i < count; i += kInFlight * threads) {
         Packet values[kInFlight];
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
           const int at = i + j * threads;
-          if (at < end && is_published(pass, tile, at)) values[j] = ld_relaxed_gpu(from + at);
+          values[j] = {};
+          if (at < count && has_row(pass, tile, begin + at) && has_units(pass, begin + at)) {
+            values[j] = ld_relaxed_gpu(from + at);
+          }
         }
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
           const int at = i + j * threads;
-          if (at < end && is_published(pass, tile, at)) {
-            uint32_t polls = 0;
-            while (values[j].w >> step_shift() != expected) {
-              if (given_up(++polls)) {
-                values[j] = {~0u, ~0u, ~0u, ~0u};  // NaN in every precision
-                break;
-              }
-              values[j] = ld_relaxed_gpu(from + at);
+          if (at >= count || !has_row(pass, tile, begin + at)) continue;  // zero since round 0
+          uint32_t polls = 0;
+          while (has_units(pass, begin + at) && values[j].w >> step_shift() != expected) {
+            if (given_up(++polls)) {
+              values[j] = {~0u, ~0u, ~0u, ~0u};  // NaN in every precision
+              break;
             }
-            staging[at] = values[j];
+            values[j] = ld_relaxed_gpu(from + at);
           }
+          staged[at] = values[j];
         }
       }
     }
-    if (tiling.warps_m == 1) {
-      __syncwarp();
-    } else {
-      named_barrier_sync(1 + place.warp_k, threads);
-    }
-    return staging;
+    wait(threads);
+    return staged;
   }
   // What a slot without a unit holds: in the last slot the round. Never zero, the buffers' first content; of two rounds
   // in one buffer, never the same. Small: times zero it is zero.
@@ -161,10 +159,22 @@ struct GlobalExchange {
   __device__ __forceinline__ void end_round() const {}
 
  private:
+  // What is published: packets of the batch's rows, of the blocks' units.
   template <class Pass>
-  __device__ __forceinline__ bool is_published(const Pass& pass, int tile, int at) const {
-    return pass.row_at(tile, at) < pass.p.steps.B &&
-           pass.packet_at(at) < tiling.blocks * tiling.packets_per_block * Pass::kVectors;
+  __device__ __forceinline__ bool has_row(const Pass& pass, int tile, int at) const {
+    return pass.row_at(tile, at) < pass.p.steps.B;
+  }
+  template <class Pass>
+  __device__ __forceinline__ bool has_units(const Pass& pass, int at) const {
+    return pass.packet_at(at) < tiling.blocks * tiling.packets_per_block * Pass::kVectors;
+  }
+  // Of the warps that share a slice.
+  __device__ __forceinline__ void wait(int threads) const {
+    if (tiling.warps_m == 1) {
+      __syncwarp();
+    } else {
+      named_barrier_sync(1 + place.warp_k, threads);
+    }
   }
   __device__ __forceinline__ int step_shift() const { return tiling.slots == 8 ? 16 : 0; }
   // A thread that has waited in vain for seconds says so and never waits again: the launch ends, and what it computes

@@ -36,6 +36,7 @@ class Device:
     threads: int  # of one multiprocessor
     shared: int  # of one multiprocessor, in bytes
     shared_per_block: int
+    l2: int  # bytes
 
     @property
     def capability(self) -> int:
@@ -43,14 +44,14 @@ class Device:
 
 
 DEVICES = {
-    "a100": Device("80", 108, 2048, 164 << 10, 163 << 10),
-    "rtx3090": Device("86", 82, 1536, 100 << 10, 99 << 10),
-    "l4": Device("89", 58, 1536, 100 << 10, 99 << 10),
-    "rtx4090": Device("89", 128, 1536, 100 << 10, 99 << 10),
-    "h100": Device("90a", 132, 2048, 228 << 10, 227 << 10),
-    "h100_mig_1g": Device("90a", 16, 2048, 228 << 10, 227 << 10),  # the smallest partition
-    "b200": Device("100", 148, 2048, 228 << 10, 227 << 10),
-    "rtx5090": Device("120", 170, 1536, 100 << 10, 99 << 10),
+    "a100": Device("80", 108, 2048, 164 << 10, 163 << 10, 40 << 20),
+    "rtx3090": Device("86", 82, 1536, 100 << 10, 99 << 10, 6 << 20),
+    "l4": Device("89", 58, 1536, 100 << 10, 99 << 10, 48 << 20),
+    "rtx4090": Device("89", 128, 1536, 100 << 10, 99 << 10, 72 << 20),
+    "h100": Device("90a", 132, 2048, 228 << 10, 227 << 10, 50 << 20),
+    "h100_mig_1g": Device("90a", 16, 2048, 228 << 10, 227 << 10, 6 << 20),  # the smallest partition
+    "b200": Device("100", 148, 2048, 228 << 10, 227 << 10, 126 << 20),
+    "rtx5090": Device("120", 170, 1536, 100 << 10, 99 << 10, 96 << 20),
 }
 
 

@@ -365,7 +365,7 @@ inline const char* status_string(cudaError_t status) {
 inline DeviceAttributes current_device() {
   const emulation::DeviceLimits& device = *emulation::config().device;
   return {device.cluster_blocks > 1 ? 90 : 80, static_cast<int>(device.multiprocessors),
-          static_cast<int>(device.shared_per_block)};
+          static_cast<int>(device.shared_per_block), device.l2_bytes};
 }
 
 inline uint32_t* host_visible_word() { return new uint32_t(0); }

@@ -21,21 +21,30 @@ from tolerances import error
 from torch import Tensor
 
 import fastrnn
-from fastrnn import _library, ops, reference
+from fastrnn import _C, _library, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
 
 
 class Tiling(NamedTuple):
-    """Which blocks share a layer. Without a number of teams, every 8 rows of the batch are one."""
+    """Which blocks share a layer, and how much of the weight a warp keeps in shared memory, the rest streamed.
+
+    Without a number of teams, every 8 rows of the batch are one; without one of groups, nothing here is streamed.
+    """
 
     grade: int
     blocks: int
     teams: int = 0
+    groups_in_shared: int = -1
+
+    @property
+    def streams(self) -> bool:
+        return self.groups_in_shared >= 0
 
     def __str__(self) -> str:
-        return f"grade{self.grade}-blocks{self.blocks}" + f"-teams{self.teams}" * (self.teams > 0)
+        teams, streamed = f"-teams{self.teams}" * (self.teams > 0), f"-streamed{self.groups_in_shared}" * self.streams
+        return f"grade{self.grade}-blocks{self.blocks}{teams}{streamed}"
 
 
 TILINGS = [Tiling(1, 1), Tiling(2, 2), Tiling(2, 4), Tiling(3, 3)]
@@ -82,12 +91,32 @@ def shapes():
     yield LayerCase("lstm", 2, 3, 2, 128), Tiling(2, 2)
     yield LayerCase("gru", 2, 2, 2, 128), Tiling(3, 3)
     yield LayerCase("rnn_tanh", 2, 9, 2, 300, torch.bfloat16), Tiling(3, 7)  # several products of rows and depth
+    # Weights that are streamed in part, or all but what registers hold; dividing the depth or not.
+    yield LayerCase("lstm", 5, 3, 2, 128), Tiling(2, 2, groups_in_shared=1)
+    yield LayerCase("gru", 3, 9, 2, 128), Tiling(2, 2, groups_in_shared=0)
+    yield LayerCase("gru", 4, 19, 2, 128, packed=True, reverse=True), Tiling(3, 3, 1, groups_in_shared=1)
+    for dtype in (torch.float16, torch.bfloat16):
+        yield LayerCase("lstm", 3, 9, 2, 300, dtype, packed=True), Tiling(3, 7, 1, groups_in_shared=0)
+        yield LayerCase("lstm", 3, 17, 2, 300, dtype), Tiling(2, 8, 1, groups_in_shared=1)
 
 
 @pytest.mark.parametrize(("case", "tiling"), list(shapes()), ids=str)
 def test_shapes(case, tiling, force):
     force(tiling)
+    arithmetic = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[case.dtype]
+    assert tiling.streams == all(streamed_bytes(case, tiling, arithmetic))
     check_layer_parity(case, ops, reference, CPU)
+
+
+def streamed_bytes(case: LayerCase, tiling: Tiling, arithmetic: str) -> list[int]:
+    """Of the forward and the backward pass."""
+    gates = {"lstm": 4, "gru": 3}.get(case.cell, 1)
+    problem = {"T": case.T, "B": case.B, "H": case.H, "gates": gates, "states": 1 + (case.cell == "lstm")}
+    forced = {"path": "persistent", **tiling._asdict()}
+    return [
+        _C.plan_cuda(**problem, arithmetic=arithmetic, backward=backward, **forced).streamed_bytes
+        for backward in (False, True)
+    ]
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
@@ -119,13 +148,21 @@ def test_integers_are_exact(arithmetic, tiling, force):
             assert torch.equal(ours[name].double(), expected[name].double()), name
 
 
-@pytest.mark.parametrize("tiling", TILINGS, ids=str)
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])  # the gradient of relu jumps
-def test_tf32(cell, tiling, force):
+@pytest.mark.parametrize(
+    ("cell", "H", "tiling"),
+    [
+        *((cell, 21, tiling) for cell in ("rnn_tanh", "lstm", "gru") for tiling in TILINGS),  # of relu gradients jump
+        ("lstm", 128, Tiling(3, 3, groups_in_shared=1)),
+        ("gru", 128, Tiling(3, 3, groups_in_shared=0)),
+    ],
+    ids=str,
+)
+def test_tf32(cell, H, tiling, force):
     """Operands are rounded to 11 bits, sums are not: errors are those of half precision operands, no more."""
     force(tiling)
     allow_tf32(True)
-    case = LayerCase(cell, 4, 3, 5, 21, packed=True)
+    case = LayerCase(cell, 4, 3, 5, H, packed=True)
+    assert tiling.streams == all(streamed_bytes(case, tiling, "tf32"))
     arguments = case.draw()
     double = {name: t if t is None else t.double() for name, t in arguments.items()}
     results, truth = case.run(ops, arguments), case.run(reference, double)

@@ -41,6 +41,7 @@ struct DeviceLimits {
   unsigned blocks_per_multiprocessor;
   size_t shared_per_multiprocessor;
   size_t shared_per_block;
+  int l2_bytes;
   unsigned cluster_blocks;  // 1: no clusters
 };
 

@@ -11,10 +11,10 @@ namespace fastrnn::emulation {
 namespace {
 
 constexpr DeviceLimits kDevices[] = {
-    // name, multiprocessors, threads and blocks of one, shared memory of one and of a block, cluster
-    {"h200", 132, 2048, 32, 228 * 1024, 227 * 1024, 16},
-    {"a100", 108, 2048, 32, 164 * 1024, 163 * 1024, 1},
-    {"l4", 58, 1536, 24, 100 * 1024, 99 * 1024, 1},
+    // name, multiprocessors, threads and blocks of one, shared memory of one and of a block, L2 cache, cluster
+    {"h200", 132, 2048, 32, 228 * 1024, 227 * 1024, 50 << 20, 16},
+    {"a100", 108, 2048, 32, 164 * 1024, 163 * 1024, 40 << 20, 1},
+    {"l4", 58, 1536, 24, 100 * 1024, 99 * 1024, 48 << 20, 1},
 };
 constexpr size_t kReservedSharedPerBlock = 1024;
 constexpr unsigned kMaxThreadsPerBlock = 1024;
