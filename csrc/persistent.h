@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The seam of the CUDA path "persistent": one launch runs one layer in one direction over the whole sequence. Letters,
-// types and layouts are those of kernels.h; there is no projection, so P == H.
+// The seam of the CUDA path "persistent": one launch runs one layer in one direction over the whole sequence, or two of
+// the same sizes that do not wait for each other: the two directions of a layer. Letters, types and layouts are those
+// of kernels.h; there is no projection, so P == H.
 #pragma once
 
 #include "kernels.h"
@@ -12,7 +13,6 @@ namespace fastrnn {
 struct DeviceSteps {
   int64_t T, B;
   const int64_t* row_begin;  // [T + 1], or null: dense, T*B rows
-  bool reverse;
 };
 
 template <typename scalar_t>
@@ -20,18 +20,21 @@ struct PersistentForward {
   DeviceSteps steps;
   int64_t H;
   PersistentTiling tiling;
-  // inputs
-  const scalar_t* x_gates;  // [N, G*H]
-  const scalar_t* w_hh;     // [G*H, H]
-  const scalar_t* b_hh;     // [G*H] or null
-  const scalar_t* h0;       // [B, H]
-  const scalar_t* c0;       // [B, H]; null for cells without c
-  // outputs
-  scalar_t* output;       // [N, H]
-  scalar_t* h_n;          // [B, H]
-  scalar_t* c_n;          // [B, H]; null for cells without c
-  scalar_t* saved_gates;  // [N, kSaved*H]; null in inference
-  float* saved_c;         // [N, H]  c after each step; null in inference and for cells without c
+  struct Layer {
+    bool reverse;
+    // inputs
+    const scalar_t* x_gates;  // [N, G*H]
+    const scalar_t* w_hh;     // [G*H, H]
+    const scalar_t* b_hh;     // [G*H] or null
+    const scalar_t* h0;       // [B, H]
+    const scalar_t* c0;       // [B, H]; null for cells without c
+    // outputs
+    scalar_t* output;       // [N, H]
+    scalar_t* h_n;          // [B, H]
+    scalar_t* c_n;          // [B, H]; null for cells without c
+    scalar_t* saved_gates;  // [N, kSaved*H]; null in inference
+    float* saved_c;         // [N, H]  c after each step; null in inference and for cells without c
+  } layers[2];              // as many as tiling.layers
   // workspace
   void* exchange;    // [tiling.exchange_packets()] of 16 bytes, aligned to 16, zero; null below grade 3
   void* streamed;    // [tiling.streamed_packets()] of 16 bytes, aligned to 16; null where there are none
@@ -43,21 +46,24 @@ struct PersistentBackward {
   DeviceSteps steps;
   int64_t H;
   PersistentTiling tiling;
-  // inputs
-  const scalar_t* w_hh;         // [G*H, H]
-  const scalar_t* h0;           // [B, H]
-  const scalar_t* c0;           // [B, H]; null for cells without c
-  const scalar_t* output;       // [N, H]
-  const scalar_t* saved_gates;  // [N, kSaved*H]
-  const float* saved_c;         // [N, H]; null for cells without c
-  const scalar_t* d_output;     // [N, H] or null: zero
-  const scalar_t* d_h_n;        // [B, H] or null: zero
-  const scalar_t* d_c_n;        // [B, H] or null: zero
-  // outputs
-  scalar_t* d_x_gates;  // [N, G*H]
-  scalar_t* d_h_gates;  // [N, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
-  scalar_t* d_h0;       // [B, H]
-  scalar_t* d_c0;       // [B, H]; null for cells without c
+  struct Layer {
+    bool reverse;
+    // inputs
+    const scalar_t* w_hh;         // [G*H, H]
+    const scalar_t* h0;           // [B, H]
+    const scalar_t* c0;           // [B, H]; null for cells without c
+    const scalar_t* output;       // [N, H]
+    const scalar_t* saved_gates;  // [N, kSaved*H]
+    const float* saved_c;         // [N, H]; null for cells without c
+    const scalar_t* d_output;     // [N, H] or null: zero
+    const scalar_t* d_h_n;        // [B, H] or null: zero
+    const scalar_t* d_c_n;        // [B, H] or null: zero
+    // outputs
+    scalar_t* d_x_gates;  // [N, G*H]
+    scalar_t* d_h_gates;  // [N, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
+    scalar_t* d_h0;       // [B, H]
+    scalar_t* d_c0;       // [B, H]; null for cells without c
+  } layers[2];
   // workspace, as forward
   void* exchange;
   void* streamed;

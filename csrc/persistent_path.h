@@ -3,9 +3,11 @@
 // path "gates".
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <tuple>
 
 #include "gates_path.h"
 #include "persistent.h"
@@ -109,85 +111,138 @@ struct PersistentPath : GatesPath<Cell> {
   using C = Cell<float>;
   using Gates = GatesPath<Cell>;
 
+  // Two layers that do not wait for each other run at once where they agree in all that the kernels are told once.
+  static constexpr bool kRunsBoth = kHasPersistentKernel<Cell>;
+  static bool runs_both(const Layer& a, const Layer& b) {
+    const auto facts = [](const Layer& l) {
+      return std::tuple(l.storage, l.input.get_device_index(), l.input.dim(), l.B, l.H, l.w_hr.has_value());
+    };
+    return facts(a) == facts(b) && a.row_begin == b.row_begin && !a.is_controlled && !b.is_controlled;
+  }
+
   static ForwardResult forward(const Layer& l, bool save, bool cells) {
-    const OnDevice device(l.input);
-    const CudaPlan plan = plan_for(l, cells, Pass::forward);
     if constexpr (kHasPersistentKernel<Cell>) {
-      if (plan.path == CudaPath::persistent) {
-        if (const auto r = forward(l, save, plan, device)) return *r;
-      }
+      if (auto r = run_forward(std::array{&l}, save, cells)) return std::move((*r)[0]);
+    } else {
+      plan_for(l, cells, Pass::forward, 1);  // raises where the path is forced
     }
     return Gates::forward(l, save, cells);
+  }
+  static std::array<ForwardResult, 2> forward_both(const Layer& a, const Layer& b, bool save, bool cells) {
+    if (auto r = run_forward(std::array{&a, &b}, save, cells)) return *std::move(r);
+    return {forward(a, save, cells), forward(b, save, cells)};
   }
 
   static GateGradients backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d,
                                 bool need_states) {
-    const OnDevice device(l.input);
-    const CudaPlan plan = plan_for(l, d.cells.has_value(), Pass::backward);
     if constexpr (kHasPersistentKernel<Cell>) {
-      if (plan.path == CudaPath::persistent) {
-        if (const auto g = backward(l, saved, d, plan, device)) return *g;
-      }
+      if (auto g = run_backward(std::array{&l}, std::array{&saved}, std::array{&d})) return std::move((*g)[0]);
+    } else {
+      plan_for(l, d.cells.has_value(), Pass::backward, 1);
     }
     return Gates::backward(l, saved, d, need_states);
   }
+  static std::array<GateGradients, 2> backward_both(const Layer& a, const Layer& b, const ForwardResult& saved_a,
+                                                    const ForwardResult& saved_b, const ResultGradients& d_a,
+                                                    const ResultGradients& d_b, bool need_states) {
+    auto g = run_backward(std::array{&a, &b}, std::array{&saved_a, &saved_b}, std::array{&d_a, &d_b});
+    if (g) return *std::move(g);
+    return {backward(a, saved_a, d_a, need_states), backward(b, saved_b, d_b, need_states)};
+  }
 
  private:
-  // Nothing where the device refuses the launch.
-  static std::optional<ForwardResult> forward(const Layer& l, bool save, const CudaPlan& plan, const OnDevice& device) {
+  // In one launch. Nothing where that is not planned, or the device refuses it.
+  template <size_t n>
+  static std::optional<std::array<ForwardResult, n>> run_forward(const std::array<const Layer*, n>& layers, bool save,
+                                                                 bool cells) {
+    const Layer& first = *layers[0];
+    const OnDevice device(first.input);
+    const CudaPlan plan = plan_for(first, cells, Pass::forward, n);
+    if (plan.path != CudaPath::persistent) return std::nullopt;
     check_no_failure();
-    const ScalarType t = l.storage;
-    ForwardResult r;
-    r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.H}, t) : empty(l.input, {l.T, l.B, l.H}, t);
-    r.h_n = empty(l.input, {l.B, l.H}, t);
-    if (C::kStates == 2) r.c_n = empty(l.input, {l.B, l.H}, t);
-    if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
-    if (save && C::kStates == 2) r.saved_c = empty(l.input, {l.N, l.H}, ScalarType::Float);
+    const ScalarType t = first.storage;
+    std::array<ForwardResult, n> results;
+    std::array<Tensor, n> x_gates;
+    for (size_t i = 0; i < n; ++i) {
+      const Layer& l = *layers[i];
+      ForwardResult& r = results[i];
+      r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.H}, t) : empty(l.input, {l.T, l.B, l.H}, t);
+      r.h_n = empty(l.input, {l.B, l.H}, t);
+      if (C::kStates == 2) r.c_n = empty(l.input, {l.B, l.H}, t);
+      if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
+      if (save && C::kStates == 2) r.saved_c = empty(l.input, {l.N, l.H}, ScalarType::Float);
+      x_gates[i] = flat(dense(l.w_ih ? linear(l.input, *l.w_ih, l.b_ih) : l.input), l.N);
+    }
 
-    const Tensor x_gates = flat(dense(l.w_ih ? linear(l.input, *l.w_ih, l.b_ih) : l.input), l.N);
-    const Workspace workspace(l, plan.tiling, device);
+    const Workspace workspace(first, plan.tiling, device);
     const CudaStatus status = dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
-      return launch_persistent_forward<Cell, T>(
-          {workspace.steps(l), l.H, plan.tiling, in<T>(x_gates), in<T>(l.w_hh), in<T>(l.b_hh), in<T>(l.h0), in<T>(l.c0),
-           out<T>(r.output), out<T>(r.h_n), out<T>(r.c_n), out<T>(r.saved_gates), out<float>(r.saved_c),
-           out<void>(workspace.exchange), out<void>(workspace.streamed), failure_word()},
-          plan.arithmetic, device.stream());
+      PersistentForward<T> p{
+          workspace.steps(first),        first.H,       plan.tiling, {}, out<void>(workspace.exchange),
+          out<void>(workspace.streamed), failure_word()};
+      for (size_t i = 0; i < n; ++i) {
+        const Layer& l = *layers[i];
+        const ForwardResult& r = results[i];
+        p.layers[i] = {l.steps.reverse, in<T>(x_gates[i]),     in<T>(l.w_hh),        in<T>(l.b_hh),
+                       in<T>(l.h0),     in<T>(l.c0),           out<T>(r.output),     out<T>(r.h_n),
+                       out<T>(r.c_n),   out<T>(r.saved_gates), out<float>(r.saved_c)};
+      }
+      return launch_persistent_forward<Cell, T>(p, plan.arithmetic, device.stream());
     });
     if (!launched(status)) return std::nullopt;
-    return r;
+    return results;
   }
 
-  static std::optional<GateGradients> backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d,
-                                               const CudaPlan& plan, const OnDevice& device) {
+  template <size_t n>
+  static std::optional<std::array<GateGradients, n>> run_backward(const std::array<const Layer*, n>& layers,
+                                                                  const std::array<const ForwardResult*, n>& saved,
+                                                                  const std::array<const ResultGradients*, n>& d) {
+    const Layer& first = *layers[0];
+    const OnDevice device(first.input);
+    const bool cells = std::any_of(d.begin(), d.end(), [](const ResultGradients* d) { return d->cells.has_value(); });
+    const CudaPlan plan = plan_for(first, cells, Pass::backward, n);
+    if (plan.path != CudaPath::persistent) return std::nullopt;
     check_no_failure();
-    const ScalarType t = l.storage;
+    const ScalarType t = first.storage;
     const auto prepare = [](const MaybeTensor& d) { return d ? MaybeTensor(dense(*d)) : std::nullopt; };
-    const MaybeTensor d_out = prepare(d.output), d_h = prepare(d.h_n), d_c = prepare(d.c_n);
-    GateGradients g;
-    g.d_x_gates = empty(l.input, {l.N, C::kGates * l.H}, t);
-    g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
-    g.d_h0 = empty(l.input, {l.B, l.H}, t);
-    if (C::kStates == 2) g.d_c0 = empty(l.input, {l.B, l.H}, t);
+    std::array<ResultGradients, n> given;
+    std::array<GateGradients, n> results;
+    for (size_t i = 0; i < n; ++i) {
+      const Layer& l = *layers[i];
+      given[i] = {prepare(d[i]->output), prepare(d[i]->h_n), prepare(d[i]->c_n), std::nullopt};
+      GateGradients& g = results[i];
+      g.d_x_gates = empty(l.input, {l.N, C::kGates * l.H}, t);
+      g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
+      g.d_h0 = empty(l.input, {l.B, l.H}, t);
+      if (C::kStates == 2) g.d_c0 = empty(l.input, {l.B, l.H}, t);
+    }
 
-    const Workspace workspace(l, plan.tiling, device);
+    const Workspace workspace(first, plan.tiling, device);
     const CudaStatus status = dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
-      return launch_persistent_backward<Cell, T>(
-          {workspace.steps(l), l.H, plan.tiling, in<T>(l.w_hh), in<T>(l.h0), in<T>(l.c0), in<T>(saved.output),
-           in<T>(saved.saved_gates), in<float>(saved.saved_c), in<T>(d_out), in<T>(d_h), in<T>(d_c),
-           out<T>(g.d_x_gates), out<T>(g.d_h_gates), out<T>(g.d_h0), out<T>(g.d_c0), out<void>(workspace.exchange),
-           out<void>(workspace.streamed), failure_word()},
-          plan.arithmetic, device.stream());
+      PersistentBackward<T> p{
+          workspace.steps(first),        first.H,       plan.tiling, {}, out<void>(workspace.exchange),
+          out<void>(workspace.streamed), failure_word()};
+      for (size_t i = 0; i < n; ++i) {
+        const Layer& l = *layers[i];
+        const ForwardResult& r = *saved[i];
+        const GateGradients& g = results[i];
+        p.layers[i] = {l.steps.reverse,     in<T>(l.w_hh),        in<T>(l.h0),          in<T>(l.c0),
+                       in<T>(r.output),     in<T>(r.saved_gates), in<float>(r.saved_c), in<T>(given[i].output),
+                       in<T>(given[i].h_n), in<T>(given[i].c_n),  out<T>(g.d_x_gates),  out<T>(g.d_h_gates),
+                       out<T>(g.d_h0),      out<T>(g.d_c0)};
+      }
+      return launch_persistent_backward<Cell, T>(p, plan.arithmetic, device.stream());
     });
     if (!launched(status)) return std::nullopt;
-    return g;
+    return results;
   }
 
-  static CudaPlan plan_for(const Layer& l, bool cells, Pass pass) {
+  // Of one launch for that many layers like this one: two may have none where each alone has one.
+  static CudaPlan plan_for(const Layer& l, bool cells, Pass pass, int layers) {
     const CudaForce force = forced_by_environment();
     const CudaDevice device = cuda_device();
-    CudaProblem p{l.T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass};
+    CudaProblem p{l.T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass, layers};
     if (p.arithmetic == Arithmetic::fp32 && !reason_for_gates(p, device, force) &&
         call<bool>("fastrnn::allows_tf32", "")) {
       p.arithmetic = Arithmetic::tf32;
@@ -195,7 +250,7 @@ struct PersistentPath : GatesPath<Cell> {
     CudaPlan plan = plan_cuda(p, device, force);
     if (!kHasPersistentKernel<Cell>) plan = {CudaPath::gates, "this cell has no persistent kernel"};
     if (l.is_controlled || cells) plan = {CudaPath::gates, "persistent kernels leave the states alone"};
-    check(plan.path == CudaPath::persistent || force.path != CudaPath::persistent,
+    check(plan.path == CudaPath::persistent || force.path != CudaPath::persistent || layers > 1,
           "fastrnn: FASTRNN_PATH=persistent cannot serve this layer: ", plan.reason);
     return plan;
   }
@@ -224,7 +279,7 @@ struct PersistentPath : GatesPath<Cell> {
         check_launch(launch_write(l.row_begin.data(), l.T + 1, out<int64_t>(row_begin), device.stream()));
       }
     }
-    DeviceSteps steps(const Layer& l) const { return {l.T, l.B, in<int64_t>(row_begin), l.steps.reverse}; }
+    DeviceSteps steps(const Layer& l) const { return {l.T, l.B, in<int64_t>(row_begin)}; }
   };
 };
 

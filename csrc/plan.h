@@ -89,8 +89,8 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
   if (!shares_units && !leaves_half_idle) return in_turn;
   CpuPlan beside = plan_layer(half);
   beside.side_by_side = true;
-  beside.reason = leaves_half_idle ? "threads would be left idle: both directions at once"
-                                   : "few rows: both directions at once, each on half of the threads";
+  beside.reason = leaves_half_idle ? "threads would be left idle: both layers at once"
+                                   : "few rows: both layers at once, each on half of the threads";
   return beside;
 }
 
@@ -113,6 +113,7 @@ struct CudaProblem {
   bool projection;
   Arithmetic arithmetic;
   Pass pass;
+  int layers = 1;  // layers of these sizes that share the device
 };
 
 struct CudaDevice {
@@ -150,7 +151,8 @@ struct PersistentTiling {
   static constexpr int kWindow = 4;    // groups of a small window
 
   int grade;  // 1: a team is one block; 2: a cluster; 3: blocks anywhere on the device
-  int teams, blocks;
+  int layers;
+  int teams, blocks;  // of a layer; of a team
   int rows_per_team;  // of the batch, a multiple of 8
   int slots;          // values that a packet has room for
   int units_per_packet, packets_per_block;
@@ -162,6 +164,7 @@ struct PersistentTiling {
   int states;
   int gates;
 
+  FASTRNN_HD int all_teams() const { return layers * teams; }
   FASTRNN_HD int batch_tiles() const { return (rows_per_team + kBatch - 1) / kBatch; }
   FASTRNN_HD int columns() const { return rows_per_team < kBatch ? 8 : kBatch; }  // rows of the batch in a tile
   FASTRNN_HD int items() const { return packets_per_block * columns() * slots; }  // of a tile
@@ -187,11 +190,11 @@ struct PersistentTiling {
            aligned(int64_t{sums()} * 2 * 4) + aligned(int64_t{state_values()} * 4) + int64_t{biases()} * 4;
   }
   // Packets in global memory through which a team of grade 3 exchanges: two buffers for each tile of each team.
-  constexpr int64_t exchange_packets() const {
-    return grade == 3 ? int64_t{2} * teams * batch_tiles() * operand_packets() : 0;
+  int64_t exchange_packets() const {
+    return grade == 3 ? int64_t{2} * all_teams() * batch_tiles() * operand_packets() : 0;
   }
   // Packets in global memory that are streamed, of all blocks.
-  int64_t streamed_packets() const { return int64_t{teams} * blocks * warps_k * packets_of(groups_streamed()); }
+  int64_t streamed_packets() const { return int64_t{all_teams()} * blocks * warps_k * packets_of(groups_streamed()); }
 };
 
 struct CudaPlan {
@@ -206,7 +209,8 @@ struct CudaPlan {
 // for each group of each tile.
 FASTRNN_HD constexpr int weight_tiles_per_warp(Pass pass) { return pass == Pass::forward ? 2 : 1; }
 FASTRNN_HD constexpr int groups_in_registers(Pass pass, Arithmetic a) {
-  if (a == Arithmetic::fp32) return 8 / weight_tiles_per_warp(pass);  // sums of plain multiply-adds take many themselves
+  if (a == Arithmetic::fp32)
+    return 8 / weight_tiles_per_warp(pass);  // sums of plain multiply-adds take many themselves
   return pass == Pass::forward ? 8 : 15;  // 16 in backward leave too few for the values of an LSTM that a thread owns
 }
 
@@ -247,6 +251,7 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   using Tiling = PersistentTiling;
   Tiling t{};
   t.grade = grade;
+  t.layers = p.layers;
   t.states = p.states;
   t.gates = p.gates;
   t.slots = 16 / storage_bytes(p.arithmetic);
@@ -268,7 +273,7 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   t.groups_per_warp = static_cast<int>(divide(t.groups, t.warps_k));
   t.groups_in_registers = groups_in_registers(p.pass, p.arithmetic);
 
-  const int64_t room = std::max(1, device.multiprocessors / t.blocks);
+  const int64_t room = std::max(1, device.multiprocessors / (t.blocks * t.layers));
   if (force.teams > 0) wanted_teams = force.teams;
   const int64_t most_teams = wanted_teams > 0 ? std::min<int64_t>(wanted_teams, room) : room, eights = divide(p.B, 8);
   int64_t rows_per_team = 8 * divide(eights, most_teams);
@@ -276,7 +281,7 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   if (rows_per_team > 1024) return {};
   t.rows_per_team = static_cast<int>(rows_per_team);
   t.teams = static_cast<int>(divide(p.B, rows_per_team));
-  if ((grade == 3 ? t.teams * t.blocks : t.blocks) > device.multiprocessors) return {};
+  if ((grade == 3 ? t.all_teams() * t.blocks : t.blocks) > device.multiprocessors) return {};
   if (!place_groups(t, device, force.groups_in_shared)) return {};
   // More would come from memory at every step; a quarter of the cache is for what else passes through it.
   if (t.streamed_packets() * 16 > device.l2_bytes / 4 * 3) return {};
@@ -301,7 +306,7 @@ inline int64_t estimated_cycles(const PersistentTiling& t, const CudaProblem& p,
   const int64_t product = products * (plain ? 64 : 16);  // of 16 rows, 8 columns and a group, on one scheduler
   const int64_t reads = int64_t{t.groups_per_warp} * column_tiles * (plain ? 8 * 128 : 512) +
                         (int64_t{t.groups_in_shared} + 2 * t.groups_streamed()) * tiles_per_warp * 1024;
-  const int64_t at_once = std::min<int64_t>(int64_t{t.teams} * t.blocks, device.multiprocessors);
+  const int64_t at_once = std::min<int64_t>(int64_t{t.all_teams()} * t.blocks, device.multiprocessors);
   const auto through_l2 = [&](int64_t bytes) {  // of each block
     return std::max(bytes / kL2BytesPerBlock, bytes * at_once / kL2Bytes);
   };
@@ -335,8 +340,8 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   // would take anyway.
   const int64_t packets = divide(p.H, units_per_packet(p.arithmetic, 3)), rows = rows_per_packet(p, 3);
   const int64_t eights = divide(p.B, 8);
-  for (int teams = 1; teams <= std::min<int64_t>(eights, device.multiprocessors); teams *= 2) {
-    const int most = force.blocks > 0 ? force.blocks : device.multiprocessors / teams;
+  for (int teams = 1; teams <= std::min<int64_t>(eights, device.multiprocessors / p.layers); teams *= 2) {
+    const int most = force.blocks > 0 ? force.blocks : device.multiprocessors / (teams * p.layers);
     consider(3, most, teams);
     consider(3, static_cast<int>(divide(packets, divide(divide(packets, most) * rows, 16) * 16 / rows)), teams);
   }
@@ -359,6 +364,14 @@ inline CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const 
   if (const char* reason = reason_for_gates(p, device, force)) return {CudaPath::gates, reason};
   const auto tiling = persistent_tiling(p, device, force);
   if (!tiling) return {CudaPath::gates, "the recurrent weight does not fit on the chip, nor what is left of it in L2"};
+  if (p.layers > 1) {
+    CudaProblem alone = p;
+    alone.layers = 1;
+    const auto t = persistent_tiling(alone, device, force);
+    if (t && p.layers * estimated_cycles(*t, alone, device) < estimated_cycles(*tiling, p, device)) {
+      return {CudaPath::gates, "one layer after the other is faster"};
+    }
+  }
   const char* reason =
       tiling->groups_streamed() > 0 ? "forced; a part of the recurrent weight is read from L2 at each step" : "forced";
   return {CudaPath::persistent, reason, *tiling, p.arithmetic};

@@ -82,7 +82,7 @@ class CudaPlan:
 
     @property
     def teams(self) -> int:
-        """Groups of blocks; each takes rows of the batch and exchanges states within itself."""
+        """Groups of blocks, of a direction; each takes rows of the batch and exchanges states within itself."""
 
     @property
     def blocks(self) -> int:
@@ -127,8 +127,9 @@ def plan_cuda(
     blocks: int = 0,
     teams: int = 0,
     groups_in_shared: int = -1,
+    layers: int = 1,
 ) -> CudaPlan:
-    """The plan for one pass of a layer on a device, by default of the limits of an H100.
+    """The plan for one pass of a layer, or of both directions of it at once, on a device with the limits of an H100.
 
     What is given of `path`, `grade`, `blocks`, `teams` and `groups_in_shared` is forced; a forced path that cannot
     serve comes back as "gates" with the reason.

@@ -69,7 +69,7 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
             label = name if is_cell else f"{name} layer {layer}" + (" reverse" if direction else "")
             sizes = f"T={T} B={B} I={width} H={hidden}" + (f" P={projected}" if projected != hidden else "")
             if data.device.type == "cuda":
-                path = _cuda_path(problem, kind, projected != hidden, dtype, data.device, beyond)
+                path = _cuda_path(problem, directions, kind, projected != hidden, dtype, data.device, beyond)
             else:
                 path = _cpu_path(problem | {"I": width, "P": projected, "layers": directions} | _cell_problem(module))
                 if kind == "RNN" and T == 1 and not beyond:
@@ -129,7 +129,13 @@ def _cpu_path(problem: dict[str, Any]) -> str:
 
 
 def _cuda_path(
-    problem: dict[str, Any], kind: str, projection: bool, dtype: torch.dtype, device: torch.device, beyond: str | None
+    problem: dict[str, Any],
+    directions: int,
+    kind: str,
+    projection: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    beyond: str | None,
 ) -> str:
     forced = os.environ.get("FASTRNN_PATH", "")
     if _C.cuda_version is None:
@@ -142,9 +148,11 @@ def _cuda_path(
     arithmetic = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}.get(dtype, "fp32")
     if arithmetic == "fp32" and _library.allows_tf32():
         arithmetic = "tf32"
-    forward, backward = (
-        _C.plan_cuda(
+
+    def planned(backward: bool, layers: int) -> "_C.CudaPlan":
+        return _C.plan_cuda(
             **problem,
+            layers=layers,
             states=2 if kind == "LSTM" else 1,
             projection=projection,
             arithmetic=arithmetic,  # type: ignore[arg-type]
@@ -155,15 +163,22 @@ def _cuda_path(
             l2_bytes=gpu.L2_cache_size,
             path=forced,  # type: ignore[arg-type]
         )
-        for backward in (False, True)
-    )
+
+    forward, backward = planned(False, directions), planned(True, directions)
+    at_once = directions > 1 and forward.path == "persistent"
+    if not at_once:
+        forward = planned(False, 1)
+    if backward.path == "gates":
+        backward = planned(True, 1)
     path, reason = ("gates", f"{beyond} has no persistent kernel") if beyond else (forward.path, forward.reason)
     if path != (forced or path):
         return f"no path, a call raises: FASTRNN_PATH={forced} cannot serve this layer: {reason}"
+    both = ", both directions at once (in a compiled program one after the other)" if at_once else ""
     rounding = ", products in TF32" if arithmetic == "tf32" else ""
+    teams = f"{forward.teams} teams of {forward.blocks} blocks" + (" for each" if at_once else "")
     what = {
         "gates": "a matrix product and a fused gate kernel per step",
-        "persistent": f"one kernel for the whole sequence{rounding}, {forward.teams} teams of {forward.blocks} blocks",
+        "persistent": f"one kernel for the whole sequence{both}{rounding}, {teams}",
     }[path]
     if path != "gates" and backward.path != path:
         what += f"; backward {'raises' if forced else 'takes path gates'}: {backward.reason}"

@@ -389,6 +389,11 @@ def test_explain_follows_the_plan(device):
         (None, fastrnn.LSTM(3, 4, peephole=True), "peephole has no persistent kernel"),
         ("gates", fastrnn.LSTM(3, 4), "per step): forced"),
         ("persistent", fastrnn.LSTM(3, 4), "path persistent (one kernel for the whole sequence"),
+        (
+            "persistent",
+            fastrnn.GRU(3, 4, bidirectional=True),
+            "path persistent (one kernel for the whole sequence, both",
+        ),
         ("persistent", fastrnn.LSTM(3, 4, proj_size=2), "raises: FASTRNN_PATH=persistent cannot serve this layer"),
         ("persistent", fastrnn.LSTM(3, 4, peephole=True), "raises: FASTRNN_PATH=persistent cannot serve this"),
         ("persistent", fastrnn.LSTM(3, 2560, device="meta", dtype=torch.float16), "blocks; backward raises: the recur"),

@@ -80,6 +80,14 @@ def test_layers_beyond_the_chip_are_served(H, arithmetic, cell, backward):
         assert planned.streamed_bytes > 0 or (cell, backward) != ("lstm", True)
 
 
+def test_two_layers_share_the_device_where_that_is_faster():
+    """Side by side where one of them would leave most of the device idle, in turn where each takes all of it."""
+    assert plan(H=256, layers=2).path == "persistent"
+    assert plan(H=512, layers=2, backward=True).path == "persistent"
+    in_turn = plan(H=1536, layers=2)
+    assert (in_turn.path, in_turn.reason) == ("gates", "one layer after the other is faster")
+
+
 def test_the_chip_goes_before_the_cache():
     """What fits on the chip stays there: more blocks and smaller windows of the operand come first."""
     for arithmetic, B in itertools.product(("fp16", "tf32", "fp32"), (1, 16)):
@@ -93,15 +101,16 @@ def test_larger_layers_take_larger_teams():
     assert [plan("a100", H=H).grade for H in (64, 65, 1024)] == [1, 3, 3]
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("arithmetic", ["fp16", "bf16", "tf32", "fp32"])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_plans_are_sound(device, cell, arithmetic, backward):
+def test_plans_are_sound(device, cell, arithmetic, backward, layers):
     """Every row and unit has its block, all fit, and blocks that wait for each other run at once."""
     served = 0
     for B, H in itertools.product((1, 3, 8, 9, 17, 64, 128, 1000), (1, 7, 8, 64, 100, 200, 256, 512, 768, 1024, 2048)):
-        planned = plan(device, cell, B=B, H=H, arithmetic=arithmetic, backward=backward)
+        planned = plan(device, cell, B=B, H=H, arithmetic=arithmetic, backward=backward, layers=layers)
         if planned.path == "gates":
             continue
         served += 1
@@ -114,9 +123,9 @@ def test_plans_are_sound(device, cell, arithmetic, backward):
         if planned.grade == 2:
             assert planned.blocks in (2, 4, 8, 16)
             assert planned.blocks <= multiprocessors
-            assert planned.teams * planned.blocks <= multiprocessors or planned.teams == 1
+            assert layers * planned.teams * planned.blocks <= multiprocessors or planned.teams == 1
         if planned.grade == 3:
-            assert planned.teams * planned.blocks <= multiprocessors
+            assert layers * planned.teams * planned.blocks <= multiprocessors
             assert (planned.blocks - 1) * planned.units_per_block < H
     assert served > 20
 
@@ -211,7 +220,7 @@ FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
         "no barrier of the cluster": ("cluster_barrier();", "__syncthreads();", WRONG, "grade2"),
         "the same, as a race": ("cluster_barrier();", "__syncthreads();", RACE, "grade2"),
         "one buffer in shared memory": ("(round % 2 * tiling.b", "(round % 1 * tiling.b", RACE, "grade2"),
-        "one buffer in global memory": ("(round % 2 * tiling.t", "(round % 1 * tiling.t", WRONG, "grade3"),
+        "one buffer in global memory": ("place.team * 2 + round % 2", "place.team * 2 + round % 1", WRONG, "grade3"),
         "steps that look alike": ("1 + round / 2 % 2", "1 + round / 2 % 1", WRONG, "grade3"),
         "a plain store": (
             "st_relaxed_gpu(buffer(round, tile) + packet_place(tiling, packet, column), values)",
@@ -237,6 +246,7 @@ FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
         "a row beyond the batch": ("row < B;", "row <= B;", BEYOND, "grade1"),
         "a unit beyond the layer": ("unit < H &&", "unit <= H &&", BEYOND, "grade2"),
         "rows beyond a packed step": ("row_begin[t + 1] - begin : steps.B", "B : steps.B", BEYOND, "packed"),
+        "another layer's arrays": ("p.layers[place.layer]", "p.layers[0]", WRONG, "both"),
         "another block's units": ("return place.rank * tiling", "return 0 * tiling", WRONG, "grade2"),
     },
     "cuda/persistent_products.cuh": {
@@ -266,7 +276,7 @@ def test_faults_are_found(file, name, build_with):
     if report == RACE:
         environment["TSAN_OPTIONS"] = libraries.environment(variant)["TSAN_OPTIONS"] + " halt_on_error=1"
     library = build_with(Planted(file, before, after), variant=variant)
-    selection = f"(test_parity or test_shapes) and ({selection})"
+    selection = f"(test_parity or test_shapes or test_both) and ({selection})"
     done = run(library, "persistent.py", selection, variant, **environment)
     assert done.returncode not in (0, 5), done.stdout  # 5: no test was selected
     assert report in done.stdout + done.stderr

@@ -39,8 +39,8 @@ static_assert(kBatch % 8 == 0 && kThreads % 32 == 0);
 struct StepRows {
   int64_t begin, count;
 
-  __device__ StepRows(const DeviceSteps& steps, int64_t s) {
-    const int64_t t = steps.reverse ? steps.T - 1 - s : s;
+  __device__ StepRows(const DeviceSteps& steps, bool reverse, int64_t s) {
+    const int64_t t = reverse ? steps.T - 1 - s : s;
     begin = steps.row_begin ? steps.row_begin[t] : t * steps.B;
     count = steps.row_begin ? steps.row_begin[t + 1] - begin : steps.B;
   }
@@ -59,7 +59,7 @@ struct Item {
     slot = i % tiling.slots;
     column = i / tiling.slots % tiling.columns();
     packet = i / tiling.slots / tiling.columns();
-    row = int64_t{place.team} * tiling.rows_per_team + tile * kBatch + column;
+    row = int64_t{place.part} * tiling.rows_per_team + tile * kBatch + column;
     unit = (place.rank * tiling.packets_per_block + packet) * tiling.units_per_packet + slot;
     exists = slot < tiling.units_per_packet && unit < H && row < B;
   }
@@ -84,12 +84,13 @@ __device__ __forceinline__ float total(const Tiling& tiling, const float* sums, 
 template <class Params>
 struct PassBase {
   const Params& p;
+  const typename Params::Layer& own;
   const Tiling& tiling;
   const Place& place;
   float* states;  // [kStates, batch tiles, items]: of the units that the block owns
 
   __device__ PassBase(const Params& p, const Place& place, float* states)
-      : p(p), tiling(p.tiling), place(place), states(states) {}
+      : p(p), own(p.layers[place.layer]), tiling(p.tiling), place(place), states(states) {}
 
   __device__ __forceinline__ float& state(int which, int tile, int i) const {
     return states[(which * tiling.batch_tiles() + tile) * tiling.items() + i];
@@ -106,7 +107,7 @@ struct PassBase {
   // The row of the batch, and the packet, of the place `at` in a tile's packets.
   __device__ __forceinline__ int64_t row_at(int tile, int at) const {
     const int within = at % (tiling.columns() * 4);
-    return int64_t{place.team} * tiling.rows_per_team + tile * kBatch + within / 32 * 8 + within % 32 / 4;
+    return int64_t{place.part} * tiling.rows_per_team + tile * kBatch + within / 32 * 8 + within % 32 / 4;
   }
   __device__ __forceinline__ int packet_at(int at) const { return at / (tiling.columns() * 4) * 4 + at % 4; }
 
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
 template <class Pass, class Products>
 CudaStatus launch_persistent(const typename Pass::Params& p, CudaStream on) {
   const auto stream = static_cast<cudaStream_t>(on);
-  LaunchConfig config{dim3(static_cast<unsigned>(p.tiling.teams * p.tiling.blocks)), dim3(kThreads),
+  LaunchConfig config{dim3(static_cast<unsigned>(p.tiling.all_teams() * p.tiling.blocks)), dim3(kThreads),
                       static_cast<size_t>(p.tiling.shared_bytes())};
   if (p.tiling.grade == 3) {
     config.cooperative = true;

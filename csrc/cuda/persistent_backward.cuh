@@ -19,7 +19,7 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
   using scalar_t = typename Products::scalar_t;
   using Params = PersistentBackward<scalar_t>;
   using Base = PassBase<Params>;
-  using Base::p, Base::tiling, Base::place, Base::state, Base::item;
+  using Base::p, Base::own, Base::tiling, Base::place, Base::state, Base::item;
   static constexpr Pass kPass = Pass::backward;
   static constexpr int kVectors = C::kGates;
 
@@ -37,8 +37,8 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
       : Base(p, place, states) {
     this->for_own_items([&](int tile, int i, const Item& item) {
       const int64_t at = item.row * p.H + item.unit;
-      state(0, tile, i) = item.exists && p.d_h_n ? to_acc<float>(p.d_h_n[at]) : 0.0f;
-      if (C::kStates == 2) state(1, tile, i) = item.exists && p.d_c_n ? to_acc<float>(p.d_c_n[at]) : 0.0f;
+      state(0, tile, i) = item.exists && own.d_h_n ? to_acc<float>(own.d_h_n[at]) : 0.0f;
+      if (C::kStates == 2) state(1, tile, i) = item.exists && own.d_c_n ? to_acc<float>(own.d_c_n[at]) : 0.0f;
     });
   }
 
@@ -48,7 +48,7 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
     if (row >= this->units() || unit >= p.H) return {};
     const int64_t first = int64_t{packet / C::kGates} * tiling.units_per_packet;
     return make_packet<Products>(tiling, [&](int slot) {
-      return first + slot < p.H ? p.w_hh[(gate * p.H + first + slot) * p.H + unit] : from_acc<scalar_t>(0.0f);
+      return first + slot < p.H ? own.w_hh[(gate * p.H + first + slot) * p.H + unit] : from_acc<scalar_t>(0.0f);
     });
   }
   __device__ Packet initial(int /*tile*/, int /*at*/) const { return {}; }
@@ -56,8 +56,8 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
   __device__ __forceinline__ void prefetch(int64_t round, int tile) {
     const int64_t s = p.steps.T - 1 - round;
     if (s < 0) return;
-    const StepRows rows(p.steps, s);
-    const StepRows before(p.steps, s > 0 ? s - 1 : 0);
+    const StepRows rows(p.steps, own.reverse, s);
+    const StepRows before(p.steps, own.reverse, s > 0 ? s - 1 : 0);
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
@@ -70,14 +70,14 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
       Loaded& to = loaded[n];
 #pragma unroll
       for (int k = 0; k < C::kSaved; ++k) {
-        to.gates[k] = p.saved_gates[((rows.begin + mine.row) * C::kSaved + k) * p.H + mine.unit];
+        to.gates[k] = own.saved_gates[((rows.begin + mine.row) * C::kSaved + k) * p.H + mine.unit];
       }
-      to.h_next = p.output[at];
-      to.h_prev = (started ? p.output : p.h0)[at_before];
-      if (p.d_output) to.d_output = p.d_output[at];
+      to.h_next = own.output[at];
+      to.h_prev = (started ? own.output : own.h0)[at_before];
+      if (own.d_output) to.d_output = own.d_output[at];
       if (C::kStates == 2) {
-        to.c_next = p.saved_c[at];
-        to.c_prev = started ? p.saved_c[at_before] : to_acc<float>(p.c0[at_before]);
+        to.c_next = own.saved_c[at];
+        to.c_prev = started ? own.saved_c[at_before] : to_acc<float>(own.c0[at_before]);
       }
     }
   }
@@ -85,7 +85,7 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
   template <class Exchange>
   __device__ __forceinline__ void finish(int64_t round, int tile, const float* sums, const Exchange& exchange) {
     const int64_t s = p.steps.T - 1 - round;
-    const StepRows rows(p.steps, s < 0 ? 0 : s);
+    const StepRows rows(p.steps, own.reverse, s < 0 ? 0 : s);
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
@@ -115,8 +115,8 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
   __device__ void end() {
     this->for_own_items([&](int tile, int i, const Item& item) {
       if (!item.exists) return;
-      p.d_h0[item.row * p.H + item.unit] = from_acc<scalar_t>(state(0, tile, i));
-      if (C::kStates == 2) p.d_c0[item.row * p.H + item.unit] = from_acc<scalar_t>(state(1, tile, i));
+      own.d_h0[item.row * p.H + item.unit] = from_acc<scalar_t>(state(0, tile, i));
+      if (C::kStates == 2) own.d_c0[item.row * p.H + item.unit] = from_acc<scalar_t>(state(1, tile, i));
     });
   }
 
@@ -137,7 +137,7 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
     }
 #pragma unroll
     for (int k = 0; k < C::kStates; ++k) d_next[k] = state(k, tile, i);
-    if (p.d_output) d_next[0] += to_acc<float>(from.d_output);
+    if (own.d_output) d_next[0] += to_acc<float>(from.d_output);
     const Values<float, C::kParameters> w = {};
     C::backward(w, saved, prev, next, d_next, d_prev, d_gx, d_gh);
 #pragma unroll
@@ -146,8 +146,8 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
     for (int k = 0; k < C::kGates; ++k) {
       const int64_t at = (row * C::kGates + k) * p.H + item.unit;
       stored[k] = from_acc<scalar_t>(d_gh[k]);
-      p.d_x_gates[at] = from_acc<scalar_t>(d_gx[k]);
-      if constexpr (C::kGateGradsDiffer) p.d_h_gates[at] = stored[k];
+      own.d_x_gates[at] = from_acc<scalar_t>(d_gx[k]);
+      if constexpr (C::kGateGradsDiffer) own.d_h_gates[at] = stored[k];
     }
   }
 };

@@ -16,11 +16,14 @@ __device__ __forceinline__ int packet_place(const Tiling& tiling, int packet, in
 
 // The place of a block, and of a warp in it.
 struct Place {
-  int team, rank, warp_m, warp_k;
+  int team, layer, part;  // part: of the batch
+  int rank, warp_m, warp_k;
   int first_group, last_group;  // of the warp's slice, the last one excluded
 
   __device__ explicit Place(const Tiling& tiling)
       : team(blockIdx.x / tiling.blocks),
+        layer(team / tiling.teams),
+        part(team % tiling.teams),
         rank(blockIdx.x % tiling.blocks),
         warp_m(threadIdx.x / 32 % tiling.warps_m),
         warp_k(threadIdx.x / 32 / tiling.warps_m),
@@ -89,7 +92,7 @@ struct GlobalExchange {
   const Tiling& tiling;
   const Place& place;
   Packet* staging;  // [warps_k, a window]
-  Packet* packets;  // [2, teams, batch tiles, operand_packets()] in global memory
+  Packet* packets;  // [all teams, 2, batch tiles, operand_packets()] in global memory
   uint32_t* failed;
   bool gave_up = false;
 
@@ -98,8 +101,7 @@ struct GlobalExchange {
       : tiling(p.tiling), place(place), staging(staging), packets(static_cast<Packet*>(p.exchange)), failed(p.failed) {}
 
   __device__ __forceinline__ Packet* buffer(int64_t round, int tile) const {
-    const int64_t tiles = tiling.batch_tiles();
-    return packets + ((round % 2 * tiling.teams + place.team) * tiles + tile) * tiling.operand_packets();
+    return packets + ((place.team * 2 + round % 2) * tiling.batch_tiles() + tile) * tiling.operand_packets();
   }
 
   template <class Pass>

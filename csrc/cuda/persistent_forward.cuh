@@ -17,7 +17,7 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
   using scalar_t = typename Products::scalar_t;
   using Params = PersistentForward<scalar_t>;
   using Base = PassBase<Params>;
-  using Base::p, Base::tiling, Base::place, Base::state, Base::item;
+  using Base::p, Base::own, Base::tiling, Base::place, Base::state, Base::item;
   static constexpr Pass kPass = Pass::forward;
   static constexpr int kVectors = 1;
 
@@ -30,12 +30,12 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
       : Base(p, place, states), biases(biases) {
     this->for_own_items([&](int tile, int i, const Item& item) {
       const int64_t at = item.row * p.H + item.unit;
-      state(0, tile, i) = item.exists ? to_acc<float>(p.h0[at]) : 0.0f;
-      if (C::kStates == 2) state(1, tile, i) = item.exists ? to_acc<float>(p.c0[at]) : 0.0f;
+      state(0, tile, i) = item.exists ? to_acc<float>(own.h0[at]) : 0.0f;
+      if (C::kStates == 2) state(1, tile, i) = item.exists ? to_acc<float>(own.c0[at]) : 0.0f;
     });
     for (int i = threadIdx.x; i < C::kGates * this->units(); i += kThreads) {
       const int gate = i / this->units(), unit = this->first_unit() + i % this->units();
-      biases[i] = p.b_hh && unit < p.H ? to_acc<float>(p.b_hh[gate * p.H + unit]) : 0.0f;
+      biases[i] = own.b_hh && unit < p.H ? to_acc<float>(own.b_hh[gate * p.H + unit]) : 0.0f;
     }
   }
 
@@ -43,22 +43,22 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
   __device__ Packet weight(int row, int packet) const {
     const int unit = this->first_unit() + row / C::kGates, gate = row % C::kGates;
     if (row >= this->units() * C::kGates || unit >= p.H) return {};
-    return load_packet(p.w_hh + (gate * p.H + unit) * p.H, packet);
+    return load_packet(own.w_hh + (gate * p.H + unit) * p.H, packet);
   }
   __device__ Packet initial(int tile, int at) const {
     const int64_t row = this->row_at(tile, at);
-    return row < p.steps.B ? load_packet(p.h0 + row * p.H, this->packet_at(at)) : Packet{};
+    return row < p.steps.B ? load_packet(own.h0 + row * p.H, this->packet_at(at)) : Packet{};
   }
 
   __device__ __forceinline__ void prefetch(int64_t round, int tile) {
-    const StepRows rows(p.steps, round);
+    const StepRows rows(p.steps, own.reverse, round);
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
       if (i >= tiling.items()) break;
       const Item mine = item(tile, i);
       if (!mine.exists || mine.row >= rows.count) continue;
-      const scalar_t* from = p.x_gates + (rows.begin + mine.row) * C::kGates * p.H + mine.unit;
+      const scalar_t* from = own.x_gates + (rows.begin + mine.row) * C::kGates * p.H + mine.unit;
 #pragma unroll
       for (int k = 0; k < C::kGates; ++k) x_gates[n][k] = from[k * p.H];
     }
@@ -66,7 +66,7 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
 
   template <class Exchange>
   __device__ __forceinline__ void finish(int64_t round, int tile, const float* sums, const Exchange& exchange) {
-    const StepRows rows(p.steps, round);
+    const StepRows rows(p.steps, own.reverse, round);
     const bool last = round + 1 == p.steps.T;
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
@@ -88,8 +88,8 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
   __device__ void end() {
     this->for_own_items([&](int tile, int i, const Item& item) {
       if (!item.exists) return;
-      p.h_n[item.row * p.H + item.unit] = from_acc<scalar_t>(state(0, tile, i));
-      if (C::kStates == 2) p.c_n[item.row * p.H + item.unit] = from_acc<scalar_t>(state(1, tile, i));
+      own.h_n[item.row * p.H + item.unit] = from_acc<scalar_t>(state(0, tile, i));
+      if (C::kStates == 2) own.c_n[item.row * p.H + item.unit] = from_acc<scalar_t>(state(1, tile, i));
     });
   }
 
@@ -117,15 +117,15 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
     C::forward(gx, gh, {}, prev, next, saved);
 #pragma unroll
     for (int k = 0; k < C::kStates; ++k) state(k, tile, i) = next[k];
-    p.output[row * p.H + item.unit] = from_acc<scalar_t>(next[0]);
-    if (p.saved_gates) {
+    own.output[row * p.H + item.unit] = from_acc<scalar_t>(next[0]);
+    if (own.saved_gates) {
 #pragma unroll
       for (int k = 0; k < C::kSaved; ++k) {
-        p.saved_gates[(row * C::kSaved + k) * p.H + item.unit] = from_acc<scalar_t>(saved[k]);
+        own.saved_gates[(row * C::kSaved + k) * p.H + item.unit] = from_acc<scalar_t>(saved[k]);
       }
     }
     if constexpr (C::kStates == 2) {
-      if (p.saved_c) p.saved_c[row * p.H + item.unit] = next[1];
+      if (own.saved_c) own.saved_c[row * p.H + item.unit] = next[1];
     }
   }
 };

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from parity import CELLS, LayerCase, check_layer_parity, check_second_order
+from parity import CELLS, GATES, Case, LayerCase, check_layer_parity, check_second_order, draw, run
 from tolerances import error
 from torch import Tensor
 
@@ -104,19 +104,40 @@ def shapes():
 def test_shapes(case, tiling, force):
     force(tiling)
     arithmetic = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[case.dtype]
-    assert tiling.streams == all(streamed_bytes(case, tiling, arithmetic))
+    assert tiling.streams == streams(case, tiling, arithmetic)
     check_layer_parity(case, ops, reference, CPU)
 
 
-def streamed_bytes(case: LayerCase, tiling: Tiling, arithmetic: str) -> list[int]:
+def plans(case: Case | LayerCase, tiling: Tiling, arithmetic: str, layers: int = 1) -> list["_C.CudaPlan"]:
     """Of the forward and the backward pass."""
-    gates = {"lstm": 4, "gru": 3}.get(case.cell, 1)
-    problem = {"T": case.T, "B": case.B, "H": case.H, "gates": gates, "states": 1 + (case.cell == "lstm")}
-    forced = {"path": "persistent", **tiling._asdict()}
-    return [
-        _C.plan_cuda(**problem, arithmetic=arithmetic, backward=backward, **forced).streamed_bytes
-        for backward in (False, True)
-    ]
+    states = 1 + (case.cell == "lstm")
+    problem = {"T": case.T, "B": case.B, "H": case.H, "gates": GATES[case.cell], "states": states}
+    forced = {"path": "persistent", "layers": layers, **tiling._asdict()}
+    return [_C.plan_cuda(**problem, arithmetic=arithmetic, backward=backward, **forced) for backward in (False, True)]
+
+
+def streams(case: LayerCase, tiling: Tiling, arithmetic: str) -> bool:
+    return all(plan.streamed_bytes > 0 for plan in plans(case, tiling, arithmetic))
+
+
+BOTH = [*TILINGS, Tiling(3, 2, 2), Tiling(3, 4, 1, groups_in_shared=0)]
+
+
+@pytest.mark.parametrize("tiling", BOTH, ids=str)
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_both_directions(cell, layout, tiling, force, monkeypatch):
+    """In one launch, to the last bit what each gives in its own."""
+    force(tiling)
+    sizes = (4, 9 if tiling.teams else 3, 5, 160 if tiling.streams else 21)
+    case = Case(cell, *sizes, layout=layout, bidirectional=True)
+    assert [plan.path for plan in plans(case, tiling, "fp32", layers=2)] == ["persistent"] * 2
+    module, drawn = case.module(fastrnn), draw(case)
+    together = run(case, module, *drawn)
+    monkeypatch.setattr("fastrnn.stack.side_by_side", lambda *directions: [direction() for direction in directions])
+    for ours, expected in zip(together, run(case, module, *drawn), strict=True):
+        for name in expected:
+            assert torch.equal(ours[name], expected[name]), name
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
@@ -162,7 +183,7 @@ def test_tf32(cell, H, tiling, force):
     force(tiling)
     allow_tf32(True)
     case = LayerCase(cell, 4, 3, 5, H, packed=True)
-    assert tiling.streams == all(streamed_bytes(case, tiling, "tf32"))
+    assert tiling.streams == streams(case, tiling, "tf32")
     arguments = case.draw()
     double = {name: t if t is None else t.double() for name, t in arguments.items()}
     results, truth = case.run(ops, arguments), case.run(reference, double)
@@ -273,6 +294,8 @@ def test_a_forced_path_serves_or_raises(force, monkeypatch):
     with pytest.raises(RuntimeError, match="cannot serve this layer: the recurrent weight does not fit"):
         large = replace(case, H=500)
         large.call(ops, large.draw())
+    with pytest.raises(RuntimeError, match="cannot serve this layer: this cell has no persistent kernel"):
+        fastrnn.RNN(3, 4, nonlinearity="leaky_relu", bidirectional=True)(torch.zeros(2, 3))
     monkeypatch.setenv("FASTRNN_PATH", "fast")
     with pytest.raises(RuntimeError, match="expected FASTRNN_PATH to be gates or persistent, got fast"):
         case.call(ops, case.draw())
