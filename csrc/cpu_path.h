@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// CPU: the kernels run the whole sequence. Where they have no form for a 16-bit type, it is converted to float on the
-// way in and back on the way out: float16 always, bfloat16 on processors that do not multiply it.
+// CPU: the kernels run the whole sequence. They read and write 16-bit types themselves: bfloat16 where the processor
+// multiplies it, unless a step has two products; in the cells of torch.nn also bfloat16 where it has AVX2, and float16
+// where it has AVX2 and F16C. All else is converted to float on the way in and back on the way out.
 #pragma once
 
 #include <array>
@@ -11,6 +12,15 @@
 #include "plan.h"
 
 namespace fastrnn {
+
+// Of torch.nn: the other cells have no kernels that widen 16-bit storage.
+template <template <typename> class Cell>
+constexpr bool kIsTorchCell = false;
+#define FASTRNN_IS_TORCH_CELL(name, Cell) \
+  template <>                             \
+  constexpr bool kIsTorchCell<Cell> = true;
+FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_IS_TORCH_CELL)
+#undef FASTRNN_IS_TORCH_CELL
 
 inline const ThreadPool& torch_threads() {
   thread_local ThreadPool pool{[](int64_t count, ThreadPool::Body body, void* context) {
@@ -23,13 +33,16 @@ inline const ThreadPool& torch_threads() {
 
 template <template <typename> class Cell>
 struct CpuPath {
+  static constexpr bool kTwoProducts = kResetsBefore<Cell<float>>;
+
   // The type of the tensors in a Layer.
   static ScalarType compute(ScalarType storage) {
-    const bool bf16 = storage == ScalarType::BFloat16 && best_isa() == Isa::avx512_bf16 && !kTwoProducts;
-    return bf16 ? storage : acc_dtype(storage);
+    return taken(storage) == Taken::converted ? acc_dtype(storage) : storage;
   }
-
-  static constexpr bool kTwoProducts = kResetsBefore<Cell<float>>;
+  // That of the gradients of gates, which products read.
+  static ScalarType operand(ScalarType storage) {
+    return taken(storage) == Taken::multiplied ? storage : acc_dtype(storage);
+  }
 
   // Sequences of different lengths run in the order of their lengths.
   static constexpr bool kSorts = true;
@@ -40,7 +53,7 @@ struct CpuPath {
     const auto sizes = [](const Layer& l) { return std::array{l.T, l.B, l.I, l.H, l.P, l.N}; };
     return a.storage == b.storage && sizes(a) == sizes(b) &&
            plan_cpu({a.T, a.B, a.w_ih ? a.I : 0, a.H, a.P, Cell<float>::kGates, torch_threads().threads, kTwoProducts,
-                     kNormalises<Cell<float>>, 2})
+                     kNormalises<Cell<float>>, 2, taken(a.storage) == Taken::widened})
                .side_by_side;
   }
 
@@ -63,7 +76,7 @@ struct CpuPath {
 
   // Of the shape of the input.
   static Tensor input_gradient(const Layer& l, const Tensor& d_x_gates) {
-    const ScalarType t = d_x_gates.scalar_type();
+    const ScalarType t = l.w_ih ? compute(l.storage) : d_x_gates.scalar_type();
     const Tensor d_input = l.input.dim() == 2 ? empty(d_x_gates, {l.N, l.I}, t) : empty(d_x_gates, {l.T, l.B, l.I}, t);
     dispatch_storage(t, [&](auto zero) {
       using S = decltype(zero);
@@ -72,7 +85,8 @@ struct CpuPath {
       S* const first = out<S>(d_input);
       for_each_row(l, [&](int64_t s, int64_t b) { rows.push_back(first + l.steps.place(s, b) * l.I); });
       if (l.w_ih) {
-        input_gradient_cpu<S>({l.real_rows(), d_x_gates.size(1), l.I, in<S>(d_x_gates), in<S>(l.w_ih), rows.data()},
+        using R = typename TypesOf<S>::operand_t;
+        input_gradient_cpu<S>({l.real_rows(), d_x_gates.size(1), l.I, in<R>(d_x_gates), in<S>(l.w_ih), rows.data()},
                               torch_threads());
       } else {
         const S* d_row = in<S>(d_x_gates);
@@ -98,7 +112,7 @@ struct CpuPath {
 
   static WeightAndBias recurrent_weight_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved,
                                                  bool bias) {
-    const ScalarType t = g.d_h_gates.scalar_type();
+    const ScalarType t = compute(l.storage);
     const Tensor output = dense(to_dtype(saved.output, t));
     const MaybeTensor h_in = saved.h_in ? MaybeTensor(dense(to_dtype(*saved.h_in, t))) : std::nullopt;
     const MaybeTensor zeros = l.reset ? MaybeTensor(empty(output, {l.P}, t)) : std::nullopt;
@@ -143,7 +157,7 @@ struct CpuPath {
   }
 
   static Tensor projection_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved) {
-    const Tensor m = dense(to_dtype(*saved.saved_m, g.d_projected->scalar_type()));
+    const Tensor m = dense(to_dtype(*saved.saved_m, compute(l.storage)));
     const auto rows_of_m = [&](auto zero, auto& rows) {
       const auto* const first = in<decltype(zero)>(m);
       for (int64_t n = 0; n < l.real_rows(); ++n) rows.push_back(first + n * l.H);
@@ -152,6 +166,14 @@ struct CpuPath {
   }
 
  private:
+  static Taken taken(ScalarType storage) {
+    const Taken taken = storage == ScalarType::Half       ? takes_half()
+                        : storage == ScalarType::BFloat16 ? takes_bf16()
+                                                          : Taken::converted;
+    const bool has_kernel = taken == Taken::multiplied ? !kTwoProducts : kIsTorchCell<Cell>;
+    return has_kernel ? taken : Taken::converted;
+  }
+
   // Arguments in the type of the sums.
   struct Wide {
     MaybeTensor b_ih, b_hh, w_cell, c0;
@@ -234,7 +256,7 @@ struct CpuPath {
 
   static GateGradients empty_gradients(const Layer& l) {
     using C = Cell<float>;
-    const ScalarType t = compute(l.storage), acc = acc_dtype(t);
+    const ScalarType t = operand(l.storage), acc = acc_dtype(t);
     GateGradients g;
     g.d_x_gates = empty(l.input, {l.N, l.w_hh.size(0)}, t);
     g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
@@ -287,14 +309,17 @@ struct CpuPath {
   // Calls f with a value of the type that the kernels read.
   template <typename F>
   static void dispatch_storage(ScalarType t, const F& f) {
-    if (t == ScalarType::BFloat16) {
-      f(Bf16{});
-    } else {
-      dispatch_compute(t, f);
+    if constexpr (kIsTorchCell<Cell>) {
+      if (t == ScalarType::Half) return f(Half{});
+      if (t == ScalarType::BFloat16 && takes_bf16() == Taken::widened) return f(WidenedBf16{});
     }
+    if constexpr (!kTwoProducts) {
+      if (t == ScalarType::BFloat16) return f(Bf16{});
+    }
+    dispatch_compute(t, f);
   }
 
-  template <typename S, typename T = typename AccOf<S>::type>
+  template <typename S, typename T = typename TypesOf<S>::acc_t>
   static SequenceForward<S> parameters(const Layer& l, const ForwardResult& r, const Wide& wide) {
     const bool packed = l.input.dim() == 2;
     SequenceForward<S> p{};
@@ -327,7 +352,7 @@ struct CpuPath {
     return p;
   }
 
-  template <typename S, typename T = typename AccOf<S>::type>
+  template <typename S, typename T = typename TypesOf<S>::acc_t, typename R = typename TypesOf<S>::operand_t>
   static SequenceBackward<S> parameters(const Layer& l, const ForwardResult& r, const ResultGradients& d,
                                         const Wide& wide, const GateGradients& g, bool need_states) {
     SequenceBackward<S> p{};
@@ -350,9 +375,9 @@ struct CpuPath {
     p.d_c_n = in<T>(d.c_n);
     p.d_cells = in<S>(d.cells);
     p.need_states = need_states;
-    p.d_x_gates = out<S>(g.d_x_gates);
-    p.d_h_gates = out<S>(g.d_h_gates);
-    p.d_projected = out<S>(g.d_projected);
+    p.d_x_gates = out<R>(g.d_x_gates);
+    p.d_h_gates = out<R>(g.d_h_gates);
+    p.d_projected = out<R>(g.d_projected);
     p.d_h0 = out<T>(g.d_h0);
     p.d_c0 = out<T>(g.d_c0);
     p.d_w_cell = out<T>(g.d_w_cell);
@@ -384,18 +409,19 @@ struct CpuPath {
   template <typename ListRows>
   static WeightAndBias weight_gradient(const Layer& l, const Tensor& d_gates, int64_t K, bool weight, bool bias,
                                        const ListRows& list) {
-    const ScalarType t = d_gates.scalar_type();
+    const ScalarType t = compute(l.storage);
     const int64_t M = d_gates.size(1);
     WeightAndBias d;
     if (weight) d.weight = empty(d_gates, {M, K}, acc_dtype(t));
     if (bias) d.bias = empty(d_gates, {M}, acc_dtype(t));
     dispatch_storage(t, [&](auto zero) {
       using S = decltype(zero);
-      using T = typename AccOf<S>::type;
+      using T = typename TypesOf<S>::acc_t;
+      using R = typename TypesOf<S>::operand_t;
       std::vector<const S*> rows;
       rows.reserve(l.real_rows());
       if (weight) list(zero, rows);
-      weight_gradient_cpu<S>({l.real_rows(), M, K, in<S>(d_gates), rows.data(), out<T>(d.weight), out<T>(d.bias)},
+      weight_gradient_cpu<S>({l.real_rows(), M, K, in<R>(d_gates), rows.data(), out<T>(d.weight), out<T>(d.bias)},
                              torch_threads());
     });
     return d;

@@ -17,7 +17,8 @@
 #include "cells/zoneout.h"
 
 // The lists of cells: they expand X(op name, cell template). Tests walk them. Those of torch.nn have persistent CUDA
-// kernels too; those that normalise have CUDA kernels of their own, and so has the one with two products.
+// kernels too, and CPU kernels that widen 16-bit storage; those that normalise have CUDA kernels of their own, and so
+// has the one with two products, which alone has no CPU kernel that multiplies bfloat16.
 #define FASTRNN_FOR_EACH_TORCH_CELL(X) \
   X(rnn_tanh, RnnTanhCell)             \
   X(rnn_relu, RnnReluCell)             \
@@ -32,16 +33,18 @@
 #define FASTRNN_FOR_EACH_NORM_CELL(X) \
   X(lstm_norm, NormLstmCell)          \
   X(gru_norm, NormGruCell)
-#define FASTRNN_FOR_EACH_CELL(X) \
-  FASTRNN_FOR_EACH_UNIT_CELL(X)  \
-  FASTRNN_FOR_EACH_NORM_CELL(X)  \
+#define FASTRNN_FOR_EACH_ONE_PRODUCT_CELL(X) \
+  FASTRNN_FOR_EACH_UNIT_CELL(X)              \
+  FASTRNN_FOR_EACH_NORM_CELL(X)
+#define FASTRNN_FOR_EACH_CELL(X)       \
+  FASTRNN_FOR_EACH_ONE_PRODUCT_CELL(X) \
   X(gru_before, GruBeforeCell)
 
 namespace fastrnn {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// CPU: one launch runs one layer in one direction over the whole sequence. scalar_t is float or double; or Bf16, where
-// best_isa() is avx512_bf16.
+// CPU: one launch runs one layer in one direction over the whole sequence. scalar_t is float or double; or one of the
+// 16-bit types below, for the cells that the lists above name, where the instruction set has them (cpu/isa.h).
 
 // Where step t lives. Dense: count(t) == B for every t. Packed: rows of longer sequences first, counts non-increasing.
 // With lengths: input and output are dense, what lies between them is packed, and the batch runs in the order of the
@@ -84,18 +87,32 @@ const scalar_t* h_before(const Steps& steps, const uint8_t* reset, const scalar_
   return b >= steps.count(s - 1) ? h0 + steps.state(b) * P : output + steps.place(s - 1, b) * P;
 }
 
-// bfloat16: the upper half of a float.
+// Storage of 16 bits: float16, and bfloat16, the upper half of a float. Kernels multiply pairs of Bf16 as they are;
+// Half and WidenedBf16 they widen to float as they read them.
+struct Half {
+  uint16_t bits;
+};
 struct Bf16 {
   uint16_t bits;
 };
+struct WidenedBf16 {
+  uint16_t bits;
+};
+// acc_t, and operand_t: what the rows that are multiplied with a weight are made of.
 template <typename scalar_t>
-struct AccOf {
-  using type = scalar_t;
+struct TypesOf {
+  using acc_t = scalar_t;
+  using operand_t = scalar_t;
 };
 template <>
-struct AccOf<Bf16> {
-  using type = float;
+struct TypesOf<Bf16> {
+  using acc_t = float;
+  using operand_t = Bf16;
 };
+template <>
+struct TypesOf<Half> : TypesOf<float> {};
+template <>
+struct TypesOf<WidenedBf16> : TypesOf<float> {};
 
 // How to run body(begin, end) over disjoint ranges that cover 0..count, on the framework's threads.
 struct ThreadPool {
@@ -106,7 +123,7 @@ struct ThreadPool {
 
 template <typename scalar_t>
 struct SequenceForward {
-  using acc_t = typename AccOf<scalar_t>::type;
+  using acc_t = typename TypesOf<scalar_t>::acc_t;
   int64_t B, I, H, P;
   int64_t N;  // rows of what is packed
   Steps steps;
@@ -136,7 +153,8 @@ struct SequenceForward {
 
 template <typename scalar_t>
 struct SequenceBackward {
-  using acc_t = typename AccOf<scalar_t>::type;
+  using acc_t = typename TypesOf<scalar_t>::acc_t;
+  using operand_t = typename TypesOf<scalar_t>::operand_t;
   int64_t B, H, P;
   int64_t N;  // rows of what is packed
   Steps steps;
@@ -156,19 +174,20 @@ struct SequenceBackward {
   const scalar_t* d_cells;      // [R, H] or null: zero
   bool need_states;             // whether d_h0 and d_c0 are wanted; else they are left unfinished
   // outputs
-  scalar_t* d_x_gates;    // [N, G*H]; of a cell that resets before [N, 3*H]
-  scalar_t* d_h_gates;    // [N, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
-  scalar_t* d_projected;  // [N, P]  gradient of what the product with w_hr gave; null without one
-  acc_t* d_h0;            // [B, P]  carries the direct part of d_h from step to step
-  acc_t* d_c0;            // [C, B, H]  carries d_c; null for cells without c
-  acc_t* d_w_cell;        // [kParameters*H]  of a cell that normalises, else null
+  operand_t* d_x_gates;    // [N, G*H]; of a cell that resets before [N, 3*H]
+  operand_t* d_h_gates;    // [N, G*H]; aliases d_x_gates unless Cell::kGateGradsDiffer
+  operand_t* d_projected;  // [N, P]  gradient of what the product with w_hr gave; null without one
+  acc_t* d_h0;             // [B, P]  carries the direct part of d_h from step to step
+  acc_t* d_c0;             // [C, B, H]  carries d_c; null for cells without c
+  acc_t* d_w_cell;         // [kParameters*H]  of a cell that normalises, else null
 };
 
 // d_input = d_x_gates W_ih.
 template <typename scalar_t>
 struct InputGradient {
+  using operand_t = typename TypesOf<scalar_t>::operand_t;
   int64_t N, M, I;           // M = G*H
-  const scalar_t* d_gates;   // [N, M]
+  const operand_t* d_gates;  // [N, M]
   const scalar_t* w_ih;      // [M, I]
   scalar_t* const* d_input;  // [N] rows of I
 };
@@ -176,9 +195,10 @@ struct InputGradient {
 // d_weight = the sum over n of d_gates[n]^T rows[n], and d_bias that of d_gates[n].
 template <typename scalar_t>
 struct WeightGradient {
-  using acc_t = typename AccOf<scalar_t>::type;
+  using acc_t = typename TypesOf<scalar_t>::acc_t;
+  using operand_t = typename TypesOf<scalar_t>::operand_t;
   int64_t N, M, K;
-  const scalar_t* d_gates;      // [N, M]
+  const operand_t* d_gates;     // [N, M]
   const scalar_t* const* rows;  // [N] rows of K: what the weight was multiplied with
   acc_t* d_weight;              // [M, K] or null
   acc_t* d_bias;                // [M] or null

@@ -22,6 +22,7 @@ struct CpuProblem {
   bool two_products = false;  // a step has a second one, of what the first one gave
   bool normalises = false;    // the products of a row, all of them together
   int layers = 1;             // 1, or 2 of these sizes that do not wait for each other
+  bool widens = false;        // weights are of 16 bits, which products read as float
 
   constexpr int64_t recurrent_weights() const { return gates * H * P + (P != H || two_products ? P * H : 0); }
   constexpr int64_t multiply_adds() const { return T * B * (recurrent_weights() + gates * H * I); }  // of a layer
@@ -49,10 +50,13 @@ inline CpuPlan plan_layer(const CpuProblem& p) {
   // A single row reads a weight nearly as fast where it is, so that packing pays only after this many steps; sooner
   // where rows of the weight are so long that they drive each other out of the cache.
   constexpr int64_t kStepsWorthPacking = 128, kLongRow = 512;
+  // Packed weights are float: from rows of this length on, one row reads half as many bytes, where they are, in less
+  // time.
+  constexpr int64_t kRowWorthWidening = 192;
 
   const bool pack = p.T * p.B >= kRowsWorthPacking;
-  const bool pack_recurrent =
-      pack && (p.B > 1 || p.T >= kStepsWorthPacking || p.T * p.P > kStepsWorthPacking * kLongRow);
+  const bool one_row_packs = p.T >= kStepsWorthPacking || p.T * p.P > kStepsWorthPacking * kLongRow;
+  const bool pack_recurrent = pack && (p.B > 1 || (one_row_packs && !(p.widens && p.P >= kRowWorthWidening)));
   const auto plan = [&](Split split, int64_t threads, const char* reason) {
     return CpuPlan{split, static_cast<int>(threads), reason, pack, pack_recurrent};
   };

@@ -60,6 +60,13 @@ PYBIND11_MODULE(_C, module) {
 #endif
 
   module.def("isa", [] { return fastrnn::isa_name(fastrnn::best_isa()); });
+  module.def("cpu_takes", [](const std::string& dtype) {
+    const auto taken = named<fastrnn::Taken>("dtype", dtype,
+                                             {{"float16", fastrnn::takes_half()}, {"bfloat16", fastrnn::takes_bf16()}});
+    return taken == fastrnn::Taken::multiplied ? "multiplied"
+           : taken == fastrnn::Taken::widened  ? "widened"
+                                               : "converted";
+  });
 
   py::class_<fastrnn::CpuPlan>(module, "CpuPlan")
       .def_property_readonly(
@@ -72,10 +79,12 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "plan_cpu",
       [](int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int gates, int threads, bool two_products,
-         bool normalises,
-         int layers) { return fastrnn::plan_cpu({T, B, I, H, P, gates, threads, two_products, normalises, layers}); },
+         bool normalises, int layers, bool widens) {
+        return fastrnn::plan_cpu({T, B, I, H, P, gates, threads, two_products, normalises, layers, widens});
+      },
       py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("gates"),
-      py::arg("threads"), py::arg("two_products") = false, py::arg("normalises") = false, py::arg("layers") = 1);
+      py::arg("threads"), py::arg("two_products") = false, py::arg("normalises") = false, py::arg("layers") = 1,
+      py::arg("widens") = false);
 
   py::class_<fastrnn::CudaPlan>(module, "CudaPlan")
       .def_property_readonly(

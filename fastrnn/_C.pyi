@@ -23,6 +23,12 @@ cuda_archs: str | None
 def isa() -> Literal["portable", "avx2", "avx512", "avx512_bf16"]:
     """Instruction set that the CPU kernels run with."""
 
+def cpu_takes(dtype: Literal["float16", "bfloat16"]) -> Literal["converted", "widened", "multiplied"]:
+    """What the CPU kernels of torch.nn's cells do with a 16-bit dtype.
+
+    Tensors converted to float32 before them, storage widened as they read it, or products made by the processor.
+    """
+
 class CpuPlan:
     """How the threads of the CPU share a layer, and why."""
 
@@ -62,11 +68,13 @@ def plan_cpu(
     two_products: bool = False,
     normalises: bool = False,
     layers: Literal[1, 2] = 1,
+    widens: bool = False,
 ) -> CpuPlan:
     """The plan for a layer of these sizes, where torch may use `threads` threads. P is H without a projection.
 
     `two_products`: of a GRU that resets before the product, with gates=2. `normalises`: with layer normalisation.
     `layers`: 2 for both directions, which do not wait for each other.
+    `widens`: the weights are of 16 bits, which products read as float32.
     """
 
 class CudaPlan:

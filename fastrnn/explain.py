@@ -61,6 +61,7 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
     gates = options.weight_hh.size(0) if is_cell else options.weight_hh_l0.size(0)
     problem: dict[str, Any] = {"T": T, "B": B, "H": hidden, "gates": gates // hidden}
     beyond = None if is_cell else _beyond_torch(module)
+    taken = _cpu_takes(dtype, beyond) if data.device.type == "cpu" else None
 
     lines = []
     for layer in range(layers):
@@ -71,11 +72,12 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
             if data.device.type == "cuda":
                 path = _cuda_path(problem, directions, kind, projected != hidden, dtype, data.device, beyond)
             else:
-                path = _cpu_path(problem | {"I": width, "P": projected, "layers": directions} | _cell_problem(module))
+                facts = {"I": width, "P": projected, "layers": directions, "widens": taken == "widened"}
+                path = _cpu_path(problem | facts | _cell_problem(module))
                 if kind == "RNN" and T == 1 and not beyond:
                     path += "; with gradients, and where B or H is small, torch's own operator for one step"
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
-    return Explanation(tuple(lines), tuple(_notes(data, dtype)))
+    return Explanation(tuple(lines), tuple(_notes(data, dtype, taken)))
 
 
 def _cell_problem(module: Any) -> dict[str, Any]:
@@ -116,6 +118,16 @@ def _compute_dtype(data: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and data.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return data.dtype
+
+
+def _cpu_takes(dtype: torch.dtype, beyond: str | None) -> str | None:
+    """What the CPU kernels do with a 16-bit dtype; None for others."""
+    names: dict[torch.dtype, Any] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+    if dtype not in names:
+        return None
+    taken = _C.cpu_takes(names[dtype])
+    has_kernel = beyond != "reset_after=False" if taken == "multiplied" else beyond is None
+    return taken if has_kernel else "converted"
 
 
 def _cpu_path(problem: dict[str, Any]) -> str:
@@ -185,16 +197,16 @@ def _cuda_path(
     return f"path {path} ({what}): {reason}"
 
 
-def _notes(data: Tensor, dtype: torch.dtype) -> list[str]:
+def _notes(data: Tensor, dtype: torch.dtype, taken: str | None) -> list[str]:
     notes = ["lengths= and reset= run the same CPU kernels; on CUDA the path gates alone serves them"]
     # Only builds with persistent kernels have this operator.
     if refused := getattr(torch.ops.fastrnn, "refused_launches", int)():
         notes.append(f"a device refused {refused} persistent kernels in this process: path gates ran instead")
     if data.device.type not in ("cpu", "cuda"):
         notes.append(f"there is no kernel for {data.device.type}: a call raises")
-    multiplied = (torch.float32, torch.float64, *([torch.bfloat16] if _C.isa() == "avx512_bf16" else []))
-    if data.device.type == "cpu" and dtype not in multiplied:
-        notes.append(f"{str(dtype).removeprefix('torch.')} is computed in float32 on this CPU")
+    if taken in ("converted", "widened"):
+        how = "tensors are converted before and after" if taken == "converted" else "kernels convert as they read"
+        notes.append(f"{str(dtype).removeprefix('torch.')} is computed in float32 on this CPU: {how}")
     notes += [
         "second and higher derivatives and forward mode (jvp, jacfwd, dual tensors) run fastrnn.reference, plain torch",
         "torch.vmap runs the kernels: once where members share their weights, per member in backward and otherwise",

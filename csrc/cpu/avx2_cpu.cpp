@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CPU kernels for x86-64 processors with AVX2 and FMA.
+// The CPU kernels for x86-64 processors with AVX2 and FMA; F16C for float16 alone.
 #if defined(__x86_64__)
 
 #include <algorithm>
@@ -9,7 +9,8 @@
 #include <vector>
 
 #define FASTRNN_ISA avx2
-#define FASTRNN_TARGET "avx2,fma"
+#define FASTRNN_TARGET "avx2,fma,f16c"
+#define FASTRNN_WIDEN
 #define FASTRNN_VECTOR_BYTES 32
 #define FASTRNN_REGISTERS 16
 
@@ -20,14 +21,16 @@
 
 // Only what follows may use the instructions: a standard header compiled with them could end up in the portable build.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "vector.h"
+// vector.h comes first
 #include "tile.h"
-// tile.h comes first
+// then tile.h
 #include "norm.h"
 // then what the passes use
 #include "backward.h"

@@ -28,8 +28,10 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #endif
 
+#include "vector.h"
+// vector.h comes first
 #include "tile.h"
-// tile.h comes first
+// then tile.h
 #include "norm.h"
 // then what the passes use
 #include "backward.h"

@@ -9,7 +9,8 @@
 #include <vector>
 
 #define FASTRNN_ISA avx512
-#define FASTRNN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
+#define FASTRNN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#define FASTRNN_WIDEN
 #define FASTRNN_VECTOR_BYTES 64
 #define FASTRNN_REGISTERS 32
 
@@ -20,15 +21,17 @@
 
 // Only what follows may use the instructions: a standard header compiled with them could end up in the portable build.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
+#include "vector.h"
+// vector.h comes first
 #include "tile.h"
-// tile.h comes first
+// then tile.h
 #include "norm.h"
 // then what the passes use
 #include "backward.h"

@@ -6,11 +6,13 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
-// S: the type that rows and weights are stored in. Sums, c and what is carried from step to step are of type T.
+// S: the type that rows and weights are stored in. Sums, c and what is carried from step to step are of type T, and
+// what products read of type R.
 template <template <typename> class CellOf, typename S>
 class Backward {
  public:
-  using T = typename AccOf<S>::type;
+  using T = typename TypesOf<S>::acc_t;
+  using R = Operand<S>;
   using V = Vec<T>;
   using Cell = CellOf<V>;
   using Plain = typename PlainOf<Cell>::type;
@@ -20,8 +22,8 @@ class Backward {
   Backward(const SequenceBackward<S>& p, int layers, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
-        plan_(plan_cpu(
-            {p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>, layers})),
+        plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>,
+                        layers, kWidens<S>})),
         panels_(Panel::panels(p.H)),
         team_(plan_.threads) {}
 
@@ -379,7 +381,7 @@ class Backward {
     const S* products = p_.saved_gates + (row * Cell::kSaved + Plain::kSaved) * H;
     const T *gain = p_.w_cell, *d = whole.d_gates;
     T* d_gain = whole.d_w;
-    for (S* const d_products : {p_.d_x_gates + row * gates, p_.d_h_gates + row * gates}) {
+    for (R* const d_products : {p_.d_x_gates + row * gates, p_.d_h_gates + row * gates}) {
       for (int k = 0; k < Cell::kGroups; ++k) {
         const int64_t first = Cell::group_begin(k) * H, count = Cell::group_begin(k + 1) * H - first;
         normalise_backward(products + first, gain + first, d + first, count, d_gain + first, d_gain + gates + first,

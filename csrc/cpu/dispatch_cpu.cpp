@@ -24,24 +24,21 @@ FASTRNN_DECLARE(avx512)
 FASTRNN_DECLARE(avx512_bf16)
 #undef FASTRNN_DECLARE
 
+template <typename scalar_t>
+inline constexpr bool kIsWide = std::is_floating_point_v<scalar_t>;  // not 16-bit storage
+
 #if defined(__x86_64__)
-#define FASTRNN_DISPATCH(call)                    \
-  if constexpr (std::is_same_v<scalar_t, Bf16>) { \
-    return avx512_bf16::call;                     \
-  } else {                                        \
-    switch (best_isa()) {                         \
-      case Isa::avx512_bf16:                      \
-      case Isa::avx512:                           \
-        return avx512::call;                      \
-      case Isa::avx2:                             \
-        return avx2::call;                        \
-      default:                                    \
-        return portable::call;                    \
-    }                                             \
+#define FASTRNN_DISPATCH(call)                                            \
+  if constexpr (std::is_same_v<scalar_t, Bf16>) {                         \
+    return avx512_bf16::call;                                             \
+  } else {                                                                \
+    if (best_isa() >= Isa::avx512) return avx512::call;                   \
+    if (!kIsWide<scalar_t> || best_isa() == Isa::avx2) return avx2::call; \
+    if constexpr (kIsWide<scalar_t>) return portable::call;               \
   }
 #else
 #define FASTRNN_DISPATCH(call) \
-  if constexpr (!std::is_same_v<scalar_t, Bf16>) return portable::call;
+  if constexpr (kIsWide<scalar_t>) return portable::call;
 #endif
 
 template <template <typename> class Cell, typename scalar_t>
@@ -63,17 +60,25 @@ void weight_gradient_cpu(const WeightGradient<scalar_t>& p,
 #define FASTRNN_INSTANTIATE_CELL(Cell, scalar_t)                                                      \
   template void sequence_forward_cpu<Cell>(const SequenceForward<scalar_t>*, int, const ThreadPool&); \
   template void sequence_backward_cpu<Cell>(const SequenceBackward<scalar_t>*, int, const ThreadPool&);
-#define FASTRNN_INSTANTIATE(name, Cell)  \
-  FASTRNN_INSTANTIATE_CELL(Cell, float)  \
-  FASTRNN_INSTANTIATE_CELL(Cell, double) \
-  FASTRNN_INSTANTIATE_CELL(Cell, Bf16)
+#define FASTRNN_INSTANTIATE(name, Cell) \
+  FASTRNN_INSTANTIATE_CELL(Cell, float) \
+  FASTRNN_INSTANTIATE_CELL(Cell, double)
 FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE)
+#undef FASTRNN_INSTANTIATE
+#define FASTRNN_INSTANTIATE(name, Cell) FASTRNN_INSTANTIATE_CELL(Cell, Bf16)
+    FASTRNN_FOR_EACH_ONE_PRODUCT_CELL(FASTRNN_INSTANTIATE)
+#undef FASTRNN_INSTANTIATE
+#define FASTRNN_INSTANTIATE(name, Cell) \
+  FASTRNN_INSTANTIATE_CELL(Cell, Half)  \
+  FASTRNN_INSTANTIATE_CELL(Cell, WidenedBf16)
+        FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_INSTANTIATE)
 #undef FASTRNN_INSTANTIATE
 #undef FASTRNN_INSTANTIATE_CELL
 #define FASTRNN_INSTANTIATE(scalar_t)                                                  \
   template void input_gradient_cpu(const InputGradient<scalar_t>&, const ThreadPool&); \
   template void weight_gradient_cpu(const WeightGradient<scalar_t>&, const ThreadPool&);
-    FASTRNN_INSTANTIATE(float) FASTRNN_INSTANTIATE(double) FASTRNN_INSTANTIATE(Bf16)
+            FASTRNN_INSTANTIATE(float) FASTRNN_INSTANTIATE(double) FASTRNN_INSTANTIATE(Bf16) FASTRNN_INSTANTIATE(Half)
+                FASTRNN_INSTANTIATE(WidenedBf16)
 #undef FASTRNN_INSTANTIATE
 #undef FASTRNN_DISPATCH
 

@@ -10,11 +10,14 @@ namespace fastrnn::FASTRNN_ISA {
 // Bytes of input gates per chunk and thread: half of a usual L2, the other half is for the weights.
 inline constexpr int64_t kChunkBytes = 512 * 1024;
 
-// S: the type that rows and weights are stored in. Sums, gates and c are of type T.
+// S: the type that rows and weights are stored in. Sums, gates and c are of type T. What products read is of type R:
+// where that is not S, a thread widens the rows of a chunk, and those of h once a step.
 template <template <typename> class CellOf, typename S>
 class Forward {
  public:
-  using T = typename AccOf<S>::type;
+  using T = typename TypesOf<S>::acc_t;
+  using R = Operand<S>;
+  using Word = WordOf<S>;
   using V = Vec<T>;
   using Cell = CellOf<V>;
   using Plain = typename PlainOf<Cell>::type;
@@ -26,7 +29,7 @@ class Forward {
       : p_(p),
         pool_(pool),
         plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>,
-                        kNormalises<Cell>, layers})),
+                        kNormalises<Cell>, layers, kWidens<S>})),
         panels_(Gates::panels(p.H)),
         packs_own_panels_(plan_.split == Split::units || plan_.threads == 1),
         team_(plan_.threads) {}
@@ -36,7 +39,7 @@ class Forward {
   // What comes before the threads share the work.
   void prepare() {
     prepare_weights();
-    if (p_.w_hr) m_ = Buffer<S>(p_.B * p_.H);
+    if (p_.w_hr) m_ = Buffer<R>(p_.B * p_.H);
     if (kResetsBefore<Cell>) z_ = Buffer<T>(p_.B * p_.H);
     if (kNormalises<Cell>) products_ = Buffer<T>(p_.B * 2 * Cell::kGates * p_.H);
     if (p_.controls.reset) {
@@ -58,9 +61,10 @@ class Forward {
       const Team::Range mine = team_.join({begin, end});
       if (mine.begin == mine.end) return;
       const int64_t n = plan_.threads, panel_begin = panels_ * mine.begin / n, panel_end = panels_ * mine.end / n;
-      run_lane(lanes_[0], panel_begin, panel_end, [&](int64_t step) { team_.barrier(mine.end - mine.begin, step); });
+      run_lane(lanes_[0], mine.begin, panel_begin, panel_end,
+               [&](int64_t step) { team_.barrier(mine.end - mine.begin, step); });
     } else {
-      for (int64_t i = begin; i < end; ++i) run_lane(lanes_[i], 0, panels_, [](int64_t) {});
+      for (int64_t i = begin; i < end; ++i) run_lane(lanes_[i], 0, 0, panels_, [](int64_t) {});
     }
   }
 
@@ -74,6 +78,11 @@ class Forward {
     int64_t chunk_steps;          // steps whose input gates are made at a time
     std::vector<const S*> input;  // every input row of the lane, in the order of the run
     Buffer<T> x_gates;            // [panels, rows of a chunk, G*kBlock]
+    struct Wide {
+      Buffer<R> input;  // [rows of a chunk, I]
+      Buffer<R> h;      // [rows, P]
+    };
+    std::vector<Wide> wide;  // of each thread, if S is widened
 
     Lane(const Forward& f, int64_t row_begin, int64_t row_end, int threads) : begin(row_begin), end(row_end) {
       const SequenceForward<S>& p = f.p_;
@@ -83,7 +92,14 @@ class Forward {
       const int64_t step_bytes = (end - begin) * f.panels_ * Gates::kColumns * static_cast<int64_t>(sizeof(T));
       chunk_steps = std::clamp<int64_t>(threads * kChunkBytes / std::max<int64_t>(1, step_bytes), 1,
                                         std::max<int64_t>(1, p.steps.T));
+      if (kWidens<S> && p.w_ih) {
+        const int64_t wide_bytes = (end - begin) * p.I * static_cast<int64_t>(sizeof(R));
+        chunk_steps = std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(1, wide_bytes), 1, chunk_steps);
+      }
       if (p.w_ih) x_gates = Buffer<T>(chunk_steps * (end - begin) * f.panels_ * Gates::kColumns);
+      for (int i = 0; kWidens<S> && i < threads; ++i) {
+        wide.push_back({Buffer<R>(p.w_ih ? chunk_steps * (end - begin) * p.I : 0), Buffer<R>((end - begin) * p.P)});
+      }
     }
     int64_t count(const Steps& steps, int64_t s) const {  // its rows at the s-th step
       return std::max<int64_t>(0, std::min(end, steps.count(s)) - begin);
@@ -92,7 +108,8 @@ class Forward {
 
   // The part of a lane that one thread does: panels [panel_begin, panel_end).
   template <typename Barrier>
-  void run_lane(const Lane& lane, int64_t panel_begin, int64_t panel_end, const Barrier& barrier) const {
+  void run_lane(const Lane& lane, int64_t thread, int64_t panel_begin, int64_t panel_end,
+                const Barrier& barrier) const {
     const std::pair<int64_t, int64_t> units(std::min(p_.H, panel_begin * Gates::kBlock),
                                             std::min(p_.H, panel_end * Gates::kBlock));
     for (int k = 0; k < Cell::kStates - 1; ++k) {
@@ -103,12 +120,19 @@ class Forward {
     }
 
     if (packs_own_panels_) pack_recurrent(panel_begin, panel_end);
+    R* const wide_input = kWidens<S> ? lane.wide[thread].input.get() : nullptr;
+    R* const wide_h = kWidens<S> ? lane.wide[thread].h.get() : nullptr;
     int64_t done = 0;  // rows of the lane before this step
     Chunk chunk{};
     for (int64_t s = 0; s < p_.steps.T; ++s) {
       if (s % lane.chunk_steps == 0) {
-        chunk = {lane.input.data() + done, 0, lane.x_gates.get()};
+        chunk = {lane.input.data() + done, 0, lane.x_gates.get(), wide_input};
         for (int64_t i = s; i < std::min(p_.steps.T, s + lane.chunk_steps); ++i) chunk.rows += lane.count(p_.steps, i);
+        if constexpr (kWidens<S>) {
+          for (int64_t row = 0; p_.w_ih && row < chunk.rows; ++row) {
+            widen(chunk.input[row], p_.I, chunk.wide_input + row * p_.I);
+          }
+        }
         // A panel is used while it is hot from packing. For a single chunk one place serves all, and stays in cache.
         for (int64_t panel = panel_begin; p_.w_ih && panel < panel_end; ++panel) {
           const bool is_own = packs_own_panels_, is_only = is_own && lane.chunk_steps == p_.steps.T;
@@ -119,9 +143,14 @@ class Forward {
       }
       const int64_t count = lane.count(p_.steps, s);
       const int64_t in_chunk = lane.input.data() + done - chunk.input;
+      if constexpr (kWidens<S>) {
+        for (int64_t b = lane.begin; b < lane.begin + count; ++b) {
+          widen(product_row(s, b, h_before(s, b)), p_.P, wide_h + (b - lane.begin) * p_.P);
+        }
+      }
       // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
       for (int64_t i = 0; i < panel_end - panel_begin; ++i) {
-        step(lane, s, s % 2 == 0 ? panel_begin + i : panel_end - 1 - i, in_chunk, chunk);
+        step(lane, s, s % 2 == 0 ? panel_begin + i : panel_end - 1 - i, in_chunk, chunk, wide_h);
       }
       if constexpr (kNormalises<Cell>) {
         for (int64_t b = lane.begin; b < lane.begin + count; ++b) finish_row(s, b);
@@ -180,15 +209,15 @@ class Forward {
   // The buffers for packed weights, and what is packed before the lanes start.
   void prepare_weights() {
     if (plan_.pack_recurrent) {
-      packed_hh_ = Buffer<S>(panels_ * padded<S>(p_.P) * Gates::kColumns);
+      packed_hh_ = Buffer<Word>(panels_ * words_of<S>(p_.P) * Gates::kColumns);
       bias_hh_ = pack_bias(p_.b_hh);
       if (p_.w_hr) {
-        packed_hr_ = Buffer<S>(Projection::panels(p_.P) * padded<S>(p_.H) * Projection::kColumns);
+        packed_hr_ = Buffer<Word>(Projection::panels(p_.P) * words_of<S>(p_.H) * Projection::kColumns);
         pack_gates<S, 1>(p_.w_hr, p_.P, p_.H, 0, Projection::panels(p_.P), packed_hr_.get());
       }
     }
     if (p_.w_ih && plan_.pack_input) {
-      packed_ih_ = Buffer<S>(panels_ * padded<S>(p_.I) * Gates::kColumns);
+      packed_ih_ = Buffer<Word>(panels_ * words_of<S>(p_.I) * Gates::kColumns);
       bias_ih_ = pack_bias(p_.b_ih);
     }
     if (packs_own_panels_) return;
@@ -199,29 +228,29 @@ class Forward {
   }
 
   void pack_recurrent(int64_t begin, int64_t end) const {
-    if (S* to = panel_of<Gates>(packed_hh_, p_.P, begin)) {
+    if (Word* to = panel_of<Gates>(packed_hh_, p_.P, begin)) {
       pack_gates<S, Cell::kGates>(p_.w_hh, p_.H, p_.P, begin, end, to);
     }
   }
 
   void pack_input(int64_t begin, int64_t end, int64_t place) const {
-    if (S* to = panel_of<Gates>(packed_ih_, p_.I, place)) {
+    if (Word* to = panel_of<Gates>(packed_ih_, p_.I, place)) {
       pack_gates<S, Cell::kGates>(p_.w_ih, p_.H, p_.I, begin, end, to);
     }
   }
 
   // A panel of a packed weight with rows of K, or null where it is not packed.
   template <typename Shape>
-  static S* panel_of(const Buffer<S>& packed, int64_t K, int64_t panel) {
-    return packed.get() ? packed.get() + panel * padded<S>(K) * Shape::kColumns : nullptr;
+  static Word* panel_of(const Buffer<Word>& packed, int64_t K, int64_t panel) {
+    return packed.get() ? packed.get() + panel * words_of<S>(K) * Shape::kColumns : nullptr;
   }
 
   // out [count, G*kBlock] = bias + rows * the panel of w [G*units, K], packed or not.
   template <typename Shape>
-  static void times(const S* w, const T* bias, const S* packed, const Buffer<T>& packed_bias, int64_t units, int64_t K,
-                    int64_t panel, int count, const S* const* rows, T* out) {
+  static void times(const S* w, const T* bias, const Word* packed, const Buffer<T>& packed_bias, int64_t units,
+                    int64_t K, int64_t panel, int count, const R* const* rows, T* out) {
     if (packed) {
-      product<S, Shape::kVectors>(count, K, rows, packed,
+      product<R, Shape::kVectors>(count, K, rows, packed,
                                   packed_bias.get() ? packed_bias.get() + panel * Shape::kColumns : nullptr, out);
     } else {
       product_unpacked<S, Shape::kGates>(count, K, rows, w, bias, units, panel, out);
@@ -238,16 +267,27 @@ class Forward {
   struct Chunk {
     const S* const* input;  // [rows]
     int64_t rows;
-    T* x_gates;  // [panels, rows, G*kBlock]
+    T* x_gates;     // [panels, rows, G*kBlock]
+    R* wide_input;  // [rows, I]
   };
+
+  // A row as products read it: widened, or where it is.
+  static const R* operand(const S* row, const R* wide) {
+    if constexpr (kWidens<S>) {
+      return wide;
+    } else {
+      return row;
+    }
+  }
 
   // place: where the panel of W_ih lies if it is packed.
   void input_gates(int64_t panel, int64_t place, const Chunk& chunk) const {
-    const S* packed = panel_of<Gates>(packed_ih_, p_.I, place);
+    const Word* packed = panel_of<Gates>(packed_ih_, p_.I, place);
     T* out = chunk.x_gates + panel * chunk.rows * Gates::kColumns;
     for_each_tile(0, chunk.rows, kTileRows<Gates::kVectors>, [&](int64_t first, int count) {
-      times<Gates>(p_.w_ih, p_.b_ih, packed, bias_ih_, p_.H, p_.I, panel, count, chunk.input + first,
-                   out + first * Gates::kColumns);
+      const R* rows[kMaxTileRows];
+      for (int r = 0; r < count; ++r) rows[r] = operand(chunk.input[first + r], chunk.wide_input + (first + r) * p_.I);
+      times<Gates>(p_.w_ih, p_.b_ih, packed, bias_ih_, p_.H, p_.I, panel, count, rows, out + first * Gates::kColumns);
     });
   }
 
@@ -256,22 +296,29 @@ class Forward {
     return h ? h : zeros_.get();
   }
 
-  void step(const Lane& lane, int64_t s, int64_t panel, int64_t in_chunk, const Chunk& chunk) const {
-    const S* packed = panel_of<Gates>(packed_hh_, p_.P, panel);
+  // What the recurrent product is to read, h or h masked.
+  const S* product_row(int64_t s, int64_t b, const S* h) const {
+    return p_.h_in ? p_.h_in + p_.steps.row(s, b) * p_.P : h;
+  }
+
+  void step(const Lane& lane, int64_t s, int64_t panel, int64_t in_chunk, const Chunk& chunk, const R* wide_h) const {
+    const Word* packed = panel_of<Gates>(packed_hh_, p_.P, panel);
     constexpr int kRows = kTileRows<Gates::kVectors>;
     for_each_tile(lane.begin, lane.begin + lane.count(p_.steps, s), kRows, [&](int64_t b, int count) {
       const int64_t chunk_row = in_chunk + b - lane.begin;
       alignas(64) T h_gates[kRows * Gates::kColumns];
-      const S *h_rows[kMaxTileRows], *product_rows[kMaxTileRows];
+      const S* h_rows[kMaxTileRows];
+      const R* product_rows[kMaxTileRows];
       for (int r = 0; r < count; ++r) {
         h_rows[r] = h_before(s, b + r);
-        product_rows[r] = p_.h_in ? p_.h_in + p_.steps.row(s, b + r) * p_.P : h_rows[r];
+        const S* const row = product_row(s, b + r, h_rows[r]);
+        if (kResetsBefore<Cell>) h_rows[r] = row;
+        product_rows[r] = operand(row, wide_h + (b + r - lane.begin) * p_.P);
       }
       times<Gates>(p_.w_hh, p_.b_hh, packed, bias_hh_, p_.H, p_.P, panel, count, product_rows, h_gates);
       for (int r = 0; r < count; ++r) {
         const int64_t row = chunk_row + r;
         T* h_gates_row = h_gates + r * Gates::kColumns;
-        if (kResetsBefore<Cell>) h_rows[r] = product_rows[r];
         const auto take = [&](const auto* x_gates, int64_t x_stride) {
           if constexpr (kNormalises<Cell>) {
             keep_products(panel, b + r, x_gates, x_stride, h_gates_row);
@@ -400,10 +447,10 @@ class Forward {
   void project(int64_t s, int64_t begin, int64_t end) const {
     constexpr int kRows = kTileRows<Projection::kVectors>;
     for (int64_t panel = 0; panel < Projection::panels(p_.P); ++panel) {
-      const S* packed = panel_of<Projection>(packed_hr_, p_.H, panel);
+      const Word* packed = panel_of<Projection>(packed_hr_, p_.H, panel);
       const int64_t j0 = panel * Projection::kBlock;
       for_each_tile(begin, end, kRows, [&](int64_t b0, int count) {
-        const S* rows[kMaxTileRows];
+        const R* rows[kMaxTileRows];
         for (int r = 0; r < count; ++r) rows[r] = m_.get() + (b0 + r) * p_.H;
         alignas(64) T h[kRows * Projection::kColumns];
         times<Projection>(p_.w_hr, nullptr, packed, {}, p_.P, p_.H, panel, count, rows, h);
@@ -439,12 +486,12 @@ class Forward {
   const CpuPlan plan_;
   const int64_t panels_;
   const bool packs_own_panels_;  // each thread those that it multiplies with, else all threads together for all
-  Buffer<S> packed_ih_;          // [panels, I, G*kBlock]
-  Buffer<S> packed_hh_;          // [panels, P, G*kBlock]
-  Buffer<S> packed_hr_;          // [panels of P, H, kBlock]
+  Buffer<Word> packed_ih_;       // [panels, I, G*kBlock]
+  Buffer<Word> packed_hh_;       // [panels, P, G*kBlock]
+  Buffer<Word> packed_hr_;       // [panels of P, H, kBlock]
   Buffer<T> bias_ih_;            // [panels, G*kBlock]
   Buffer<T> bias_hh_;            // [panels, G*kBlock]
-  Buffer<S> m_;                  // [B, H]  h before the projection, or r h
+  Buffer<R> m_;                  // [B, H]  h before the projection, or r h
   Buffer<T> z_;                  // [B, H]  of a cell that resets before
   Buffer<T> products_;           // [B, 2, G, H]  of a cell that normalises: W_ih x and W_hh h
   Buffer<S> zeros_;              // [P]  h after a reset

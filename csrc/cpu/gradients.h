@@ -42,16 +42,19 @@ class WeightGradients {
   void run() const {
     const int64_t groups = (p_.M + kGroup - 1) / kGroup;
     const int64_t shares = std::min<int64_t>(pool_.threads, groups);
-    std::vector<Buffer<S>> packed;
-    for (int64_t i = 0; i < shares; ++i) packed.emplace_back(Panel::panels(p_.K) * kRowsPerBlock * Panel::kColumns);
+    std::vector<Buffer<Word>> packed;
+    const int64_t words = Panel::panels(p_.K) * words_of<S>(kRowsPerBlock) * Panel::kColumns;
+    for (int64_t i = 0; i < shares; ++i) packed.emplace_back(words);
     in_parallel(pool_, shares, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) share(groups * i / shares, groups * (i + 1) / shares, packed[i].get());
     });
   }
 
  private:
-  using M = Multiply<S>;
+  using R = Operand<S>;
+  using M = Multiply<R>;
   using T = typename M::T;
+  using Word = typename M::Word;
   using Panel = PanelShape<T, 1>;
   static constexpr int kW = kWidth<T>;
   static constexpr int kRows = kTileRows<Panel::kVectors>;
@@ -60,13 +63,13 @@ class WeightGradients {
   static constexpr int64_t kGroup = 48;
   static_assert(kGroup % kW == 0);
 
-  void share(int64_t group_begin, int64_t group_end, S* packed) const {
+  void share(int64_t group_begin, int64_t group_end, Word* packed) const {
     for (int64_t n0 = 0; n0 < p_.N; n0 += kRowsPerBlock) {
       const int64_t depth = std::min(kRowsPerBlock, p_.N - n0);
       pack_rows(n0, depth, packed);
       for (int64_t group = group_begin; group < group_end; ++group) {
         const int64_t m0 = group * kGroup, count = std::min(kGroup, p_.M - m0);
-        alignas(64) S gates[kGroup * kRowsPerBlock];  // [count, depth]
+        alignas(64) R gates[kGroup * kRowsPerBlock];  // [count, depth]
         transpose_gates(n0, depth, m0, count, gates);
         if (p_.d_bias) add_bias(n0, depth, m0, count, gates);
         if (p_.d_weight) add_products(n0, depth, m0, count, gates, packed);
@@ -80,29 +83,29 @@ class WeightGradients {
     if (p_.d_bias) std::fill(p_.d_bias + begin, p_.d_bias + end, T(0));
   }
 
-  void pack_rows(int64_t n0, int64_t depth, S* packed) const {
+  void pack_rows(int64_t n0, int64_t depth, Word* packed) const {
     if (!p_.d_weight) return;
     for (int64_t panel = 0; panel < Panel::panels(p_.K); ++panel) {
       const int64_t j0 = panel * Panel::kBlock, width = std::min<int64_t>(Panel::kBlock, p_.K - j0);
       pack_columns<S>(
           depth, width, [&](int64_t n) { return p_.rows[n0 + n] + j0; },
-          packed + panel * padded<S>(depth) * Panel::kColumns);
+          packed + panel * words_of<S>(depth) * Panel::kColumns);
     }
   }
 
-  void transpose_gates(int64_t n0, int64_t depth, int64_t m0, int64_t count, S* gates) const {
+  void transpose_gates(int64_t n0, int64_t depth, int64_t m0, int64_t count, R* gates) const {
     const auto row = [&](int64_t n) { return p_.d_gates + (n0 + n) * p_.M + m0; };
     for (int64_t m = 0; m < count; m += kW) {
       const int64_t here = std::min<int64_t>(kW, count - m);
       int64_t n = 0;
       for (; here == kW && n + kW * M::kDepth <= depth; n += kW * M::kDepth) {
-        Vec<typename M::Word> square[kW];
+        Vec<Word> square[kW];
 #pragma GCC unroll 16
         for (int i = 0; i < kW; ++i) {
           const int64_t first = n + i * M::kDepth;
           square[i] = M::words(row(first) + m, row(first + M::kDepth - 1) + m, AllLanes{});
         }
-        transpose<typename M::Word>(square);
+        transpose<Word>(square);
 #pragma GCC unroll 16
         for (int j = 0; j < kW; ++j) std::memcpy(gates + (m + j) * depth + n, &square[j], sizeof square[j]);
       }
@@ -112,16 +115,14 @@ class WeightGradients {
     }
   }
 
-  void add_bias(int64_t n0, int64_t depth, int64_t m0, int64_t count, const S* gates) const {
-    const S ones[2] = {M::kOne, M::kOne};
+  void add_bias(int64_t n0, int64_t depth, int64_t m0, int64_t count, const R* gates) const {
+    const R ones[2] = {M::kOne, M::kOne};
     const auto one = M::repeat(ones, M::kDepth);
     for (int64_t m = 0; m < count; ++m) {
       Vec<T> sums{};
       int64_t n = 0;
       for (; n + kW * M::kDepth <= depth; n += kW * M::kDepth) {
-        Vec<typename M::Word> words;
-        std::memcpy(&words, gates + m * depth + n, sizeof words);
-        M::add(sums, one, words);
+        M::add(sums, one, M::along(gates + m * depth + n, AllLanes{}));
       }
       T sum = n0 == 0 ? T(0) : p_.d_bias[m0 + m];
       for (; n < depth; ++n) sum += M::widen(gates[m * depth + n]);
@@ -130,14 +131,14 @@ class WeightGradients {
     }
   }
 
-  void add_products(int64_t n0, int64_t depth, int64_t m0, int64_t count, const S* gates, const S* packed) const {
+  void add_products(int64_t n0, int64_t depth, int64_t m0, int64_t count, const R* gates, const Word* packed) const {
     for (int64_t panel = 0; panel < Panel::panels(p_.K); ++panel) {
       const int64_t j0 = panel * Panel::kBlock;
       for_each_tile(0, count, kRows, [&](int64_t m, int tile_rows) {
-        const S* rows[kMaxTileRows];
+        const R* rows[kMaxTileRows];
         for (int r = 0; r < tile_rows; ++r) rows[r] = gates + (m + r) * depth;
         alignas(64) T tile[kRows * Panel::kColumns];
-        product<S, Panel::kVectors>(tile_rows, depth, rows, packed + panel * padded<S>(depth) * Panel::kColumns,
+        product<R, Panel::kVectors>(tile_rows, depth, rows, packed + panel * words_of<S>(depth) * Panel::kColumns,
                                     nullptr, tile);
         for (int r = 0; r < tile_rows; ++r) {
           for_each_vector<T>(j0, j0 + Panel::kBlock, p_.K, [&](int64_t j, auto lanes) FASTRNN_INLINE {

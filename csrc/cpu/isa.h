@@ -2,6 +2,10 @@
 // The instruction set that the CPU kernels run with, chosen when the process first asks.
 #pragma once
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -45,6 +49,25 @@ inline Isa best_isa() {
     throw std::runtime_error(std::string("FASTRNN_ISA: expected portable, avx2, avx512 or avx512_bf16, got ") + wanted);
   }();
   return isa;
+}
+
+// How the kernels take bfloat16 and float16: tensors converted to float before them, storage that they widen to float
+// as they read it, or storage whose products the processor makes.
+enum class Taken { converted, widened, multiplied };
+inline Taken takes_bf16() {
+  if (best_isa() == Isa::avx512_bf16) return Taken::multiplied;
+  return best_isa() >= Isa::avx2 ? Taken::widened : Taken::converted;
+}
+inline Taken takes_half() {
+  static const bool converts = [] {  // asked once: in a virtual machine cpuid takes microseconds
+#if defined(__x86_64__)
+    unsigned a, b, features, d;
+    return best_isa() >= Isa::avx2 && __get_cpuid(1, &a, &b, &features, &d) && features & bit_F16C;
+#else
+    return false;
+#endif
+  }();
+  return converts ? Taken::widened : Taken::converted;
 }
 
 }  // namespace fastrnn

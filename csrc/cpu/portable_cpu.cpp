@@ -19,8 +19,10 @@
 #define FASTRNN_REGISTERS 16
 #endif
 
+#include "vector.h"
+// vector.h comes first
 #include "tile.h"
-// tile.h comes first
+// then tile.h
 #include "norm.h"
 // then what the passes use
 #include "backward.h"
