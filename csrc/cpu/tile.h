@@ -232,14 +232,14 @@ struct Dot<WidenedBf16> {
     sum += x.odd * bit_cast<V>(words & 0xFFFF0000);
   }
 };
-// A whole cache line, in vectors of 8: wider conversions take more than twice the time on the processors that split
-// them.
+// Vectors of 8: wider conversions take more than twice the time on the processors that split them. A whole cache line
+// of them, if there are registers for it.
 template <>
 struct Dot<Half> {
   typedef float V __attribute__((vector_size(32)));
-  static constexpr int kValues = 32;
+  static constexpr int kParts = FASTRNN_REGISTERS >= 32 ? 4 : 1, kValues = 8 * kParts;
   struct X {
-    V part[4];
+    V part[kParts];
   };
   FASTRNN_HD static X read(const float* x) {
     X values;
@@ -248,7 +248,7 @@ struct Dot<Half> {
   }
   FASTRNN_HD static void add(V& sum, const X& x, const Half* w) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kParts; ++i) {
       __m128i bits;
       std::memcpy(&bits, w + 8 * i, sizeof bits);
       sum += x.part[i] * (V)_mm256_cvtph_ps(bits);
