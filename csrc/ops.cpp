@@ -365,10 +365,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
 }
 
 #define FASTRNN_CPU(name, Cell) fastrnn::implement<fastrnn::Cell, fastrnn::FASTRNN_CPU_PATH>(m, #name);
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m){FASTRNN_FOR_EACH_CELL(FASTRNN_CPU)}
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) { FASTRNN_FOR_EACH_CELL(FASTRNN_CPU) }
 #if defined(FASTRNN_CUDA_PATH)
 #define FASTRNN_CUDA(name, Cell) fastrnn::implement<fastrnn::Cell, fastrnn::FASTRNN_CUDA_PATH>(m, #name);
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
-  FASTRNN_FOR_EACH_CELL(FASTRNN_CUDA)
-}
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) { FASTRNN_FOR_EACH_CELL(FASTRNN_CUDA) }
 #endif

@@ -54,8 +54,9 @@ void input_gradient_cpu(const InputGradient<scalar_t>& p, const ThreadPool& pool
   FASTRNN_DISPATCH(input_gradient(p, pool))
 }
 template <typename scalar_t>
-void weight_gradient_cpu(const WeightGradient<scalar_t>& p,
-                         const ThreadPool& pool){FASTRNN_DISPATCH(weight_gradient(p, pool))}
+void weight_gradient_cpu(const WeightGradient<scalar_t>& p, const ThreadPool& pool) {
+  FASTRNN_DISPATCH(weight_gradient(p, pool))
+}
 
 #define FASTRNN_INSTANTIATE_CELL(Cell, scalar_t)                                                      \
   template void sequence_forward_cpu<Cell>(const SequenceForward<scalar_t>*, int, const ThreadPool&); \
@@ -66,19 +67,22 @@ void weight_gradient_cpu(const WeightGradient<scalar_t>& p,
 FASTRNN_FOR_EACH_CELL(FASTRNN_INSTANTIATE)
 #undef FASTRNN_INSTANTIATE
 #define FASTRNN_INSTANTIATE(name, Cell) FASTRNN_INSTANTIATE_CELL(Cell, Bf16)
-    FASTRNN_FOR_EACH_ONE_PRODUCT_CELL(FASTRNN_INSTANTIATE)
+FASTRNN_FOR_EACH_ONE_PRODUCT_CELL(FASTRNN_INSTANTIATE)
 #undef FASTRNN_INSTANTIATE
 #define FASTRNN_INSTANTIATE(name, Cell) \
   FASTRNN_INSTANTIATE_CELL(Cell, Half)  \
   FASTRNN_INSTANTIATE_CELL(Cell, WidenedBf16)
-        FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_INSTANTIATE)
+FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_INSTANTIATE)
 #undef FASTRNN_INSTANTIATE
 #undef FASTRNN_INSTANTIATE_CELL
 #define FASTRNN_INSTANTIATE(scalar_t)                                                  \
   template void input_gradient_cpu(const InputGradient<scalar_t>&, const ThreadPool&); \
   template void weight_gradient_cpu(const WeightGradient<scalar_t>&, const ThreadPool&);
-            FASTRNN_INSTANTIATE(float) FASTRNN_INSTANTIATE(double) FASTRNN_INSTANTIATE(Bf16) FASTRNN_INSTANTIATE(Half)
-                FASTRNN_INSTANTIATE(WidenedBf16)
+FASTRNN_INSTANTIATE(float)
+FASTRNN_INSTANTIATE(double)
+FASTRNN_INSTANTIATE(Bf16)
+FASTRNN_INSTANTIATE(Half)
+FASTRNN_INSTANTIATE(WidenedBf16)
 #undef FASTRNN_INSTANTIATE
 #undef FASTRNN_DISPATCH
 
