@@ -213,9 +213,10 @@ struct CudaPlan {
 // for each group of each tile.
 FASTRNN_HD constexpr int weight_tiles_per_warp(Pass pass) { return pass == Pass::forward ? 2 : 1; }
 FASTRNN_HD constexpr int groups_in_registers(Pass pass, Arithmetic a) {
-  if (a == Arithmetic::fp32)
-    return 8 / weight_tiles_per_warp(pass);  // sums of plain multiply-adds take many themselves
-  return pass == Pass::forward ? 8 : 15;  // 16 in backward leave too few for the values of an LSTM that a thread owns
+  // Sums of plain multiply-adds take more registers themselves; 16 leave too few for what else a thread of an LSTM
+  // holds.
+  const int fragments = a == Arithmetic::fp32 ? 8 : 15;
+  return fragments / weight_tiles_per_warp(pass);
 }
 
 constexpr int64_t divide(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounding up

@@ -114,7 +114,7 @@ struct GlobalExchange {
     const int count = min(tiling.window * per_group, place.last_group * per_group - begin);
     const int first = place.warp_m * 32 + threadIdx.x % 32;
     Packet* const staged = staging + place.warp_k * tiling.window * per_group;
-    if (window > 0) wait(threads);  // for the products with the last window
+    if (window > 0) wait();  // for the products with the last window
     if (round == 0) {
       for (int i = first; i < count; i += threads) staged[i] = pass.initial(tile, begin + i);
     } else {
@@ -146,7 +146,7 @@ struct GlobalExchange {
         }
       }
     }
-    wait(threads);
+    wait();
     return staged;
   }
   // What a slot without a unit holds: in the last slot the round. Never zero, the buffers' first content; of two rounds
@@ -171,11 +171,11 @@ struct GlobalExchange {
     return pass.packet_at(at) < tiling.blocks * tiling.packets_per_block * Pass::kVectors;
   }
   // Of the warps that share a slice.
-  __device__ __forceinline__ void wait(int threads) const {
+  __device__ __forceinline__ void wait() const {
     if (tiling.warps_m == 1) {
       __syncwarp();
     } else {
-      named_barrier_sync(1 + place.warp_k, threads);
+      named_barrier_sync(1 + place.warp_k, tiling.warps_m * 32);
     }
   }
   __device__ __forceinline__ int step_shift() const { return tiling.slots == 8 ? 16 : 0; }
