@@ -396,7 +396,7 @@ def test_explain_follows_the_plan(device):
         ),
         ("persistent", fastrnn.LSTM(3, 4, proj_size=2), "raises: FASTRNN_PATH=persistent cannot serve this layer"),
         ("persistent", fastrnn.LSTM(3, 4, peephole=True), "raises: FASTRNN_PATH=persistent cannot serve this"),
-        ("persistent", fastrnn.LSTM(3, 2560, device="meta", dtype=torch.float16), "blocks; backward raises: the recur"),
+        ("persistent", fastrnn.LSTM(3, 2496, device="meta", dtype=torch.float16), "blocks; backward raises: the recur"),
         ("fast", fastrnn.LSTM(3, 4), "a call raises: FASTRNN_PATH is fast, neither gates nor persistent"),
     ],
 )
