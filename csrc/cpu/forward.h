@@ -271,10 +271,10 @@ class Forward {
     R* wide_input;  // [rows, I]
   };
 
-  // A row as products read it: widened, or where it is.
-  static const R* operand(const S* row, const R* wide) {
+  // A row as products read it: where it is, or the n-th of the rows [.., K] that are widened.
+  static const R* operand(const S* row, const R* wide, int64_t n, int64_t K) {
     if constexpr (kWidens<S>) {
-      return wide;
+      return wide + n * K;
     } else {
       return row;
     }
@@ -286,7 +286,7 @@ class Forward {
     T* out = chunk.x_gates + panel * chunk.rows * Gates::kColumns;
     for_each_tile(0, chunk.rows, kTileRows<Gates::kVectors>, [&](int64_t first, int count) {
       const R* rows[kMaxTileRows];
-      for (int r = 0; r < count; ++r) rows[r] = operand(chunk.input[first + r], chunk.wide_input + (first + r) * p_.I);
+      for (int r = 0; r < count; ++r) rows[r] = operand(chunk.input[first + r], chunk.wide_input, first + r, p_.I);
       times<Gates>(p_.w_ih, p_.b_ih, packed, bias_ih_, p_.H, p_.I, panel, count, rows, out + first * Gates::kColumns);
     });
   }
@@ -313,7 +313,7 @@ class Forward {
         h_rows[r] = h_before(s, b + r);
         const S* const row = product_row(s, b + r, h_rows[r]);
         if (kResetsBefore<Cell>) h_rows[r] = row;
-        product_rows[r] = operand(row, wide_h + (b + r - lane.begin) * p_.P);
+        product_rows[r] = operand(row, wide_h, b + r - lane.begin, p_.P);
       }
       times<Gates>(p_.w_hh, p_.b_hh, packed, bias_hh_, p_.H, p_.P, panel, count, product_rows, h_gates);
       for (int r = 0; r < count; ++r) {
