@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Test processes run side by side: threads that wait shall leave the cores to the others. OpenMP reads this once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -10,6 +11,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import hypothesis
 import pytest
 import torch
+
+from fastrnn import _library
+
+# A graph in inductor's cache does not know that the schema of an operator has changed: each build has its own cache.
+BUILD = Path(__file__).resolve().parents[1] / "build"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(BUILD / f"inductor-{_library.path().stat().st_mtime_ns}"))
 
 EXTENDED = os.environ.get("FASTRNN_EXTENDED") == "1"
 
