@@ -93,8 +93,8 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
   if (!shares_units && !leaves_half_idle) return in_turn;
   CpuPlan beside = plan_layer(half);
   beside.side_by_side = true;
-  beside.reason = leaves_half_idle ? "threads would be left idle: both layers at once"
-                                   : "few rows: both layers at once, each on half of the threads";
+  beside.reason = leaves_half_idle ? "threads would be left idle: both directions at once"
+                                   : "few rows: both directions at once, each on half of the threads";
   return beside;
 }
 
@@ -374,7 +374,7 @@ inline CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const 
     alone.layers = 1;
     const auto t = persistent_tiling(alone, device, force);
     if (t && p.layers * estimated_cycles(*t, alone, device) < estimated_cycles(*tiling, p, device)) {
-      return {CudaPath::gates, "one layer after the other is faster"};
+      return {CudaPath::gates, "one direction after the other is faster"};
     }
   }
   const char* reason =

@@ -85,7 +85,7 @@ def test_two_layers_share_the_device_where_that_is_faster():
     assert plan(H=256, layers=2).path == "persistent"
     assert plan(H=512, layers=2, backward=True).path == "persistent"
     in_turn = plan(H=1536, layers=2)
-    assert (in_turn.path, in_turn.reason) == ("gates", "one layer after the other is faster")
+    assert (in_turn.path, in_turn.reason) == ("gates", "one direction after the other is faster")
 
 
 def test_the_chip_goes_before_the_cache():
