@@ -13,15 +13,6 @@
 
 namespace fastrnn {
 
-// Of torch.nn: the other cells have no kernels that widen 16-bit storage.
-template <template <typename> class Cell>
-constexpr bool kIsTorchCell = false;
-#define FASTRNN_IS_TORCH_CELL(name, Cell) \
-  template <>                             \
-  constexpr bool kIsTorchCell<Cell> = true;
-FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_IS_TORCH_CELL)
-#undef FASTRNN_IS_TORCH_CELL
-
 inline const ThreadPool& torch_threads() {
   thread_local ThreadPool pool{[](int64_t count, ThreadPool::Body body, void* context) {
                                  check_torch(torch_parallel_for(0, count, 1, body, context));
@@ -52,7 +43,7 @@ struct CpuPath {
   static bool runs_both(const Layer& a, const Layer& b) {
     const auto sizes = [](const Layer& l) { return std::array{l.T, l.B, l.I, l.H, l.P, l.N}; };
     return a.storage == b.storage && sizes(a) == sizes(b) &&
-           plan_cpu({a.T, a.B, a.w_ih ? a.I : 0, a.H, a.P, Cell<float>::kGates, torch_threads().threads, kTwoProducts,
+           plan_cpu({a.T, a.B, a.I, a.H, a.P, Cell<float>::kGates, torch_threads().threads, kTwoProducts,
                      kNormalises<Cell<float>>, 2, taken(a.storage) == Taken::widened})
                .side_by_side;
   }

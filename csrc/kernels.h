@@ -42,6 +42,15 @@
 
 namespace fastrnn {
 
+// Whether a cell is one of torch.nn's.
+template <template <typename> class Cell>
+constexpr bool kIsTorchCell = false;
+#define FASTRNN_IS_TORCH_CELL(name, Cell) \
+  template <>                             \
+  constexpr bool kIsTorchCell<Cell> = true;
+FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_IS_TORCH_CELL)
+#undef FASTRNN_IS_TORCH_CELL
+
 // ---------------------------------------------------------------------------------------------------------------------
 // CPU: one launch runs one layer in one direction over the whole sequence. scalar_t is float or double; or one of the
 // 16-bit types below, for the cells that the lists above name, where the instruction set has them (cpu/isa.h).

@@ -99,20 +99,12 @@ inline bool launched(CudaStatus status) {
 }
 
 template <template <typename> class Cell>
-constexpr bool kHasPersistentKernel = false;
-#define FASTRNN_HAS_KERNEL(name, Cell) \
-  template <>                          \
-  constexpr bool kHasPersistentKernel<Cell> = true;
-FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_HAS_KERNEL)
-#undef FASTRNN_HAS_KERNEL
-
-template <template <typename> class Cell>
 struct PersistentPath : GatesPath<Cell> {
   using C = Cell<float>;
   using Gates = GatesPath<Cell>;
 
   // Two layers that do not wait for each other run at once where they agree in all that the kernels are told once.
-  static constexpr bool kRunsBoth = kHasPersistentKernel<Cell>;
+  static constexpr bool kRunsBoth = kIsTorchCell<Cell>;
   static bool runs_both(const Layer& a, const Layer& b) {
     const auto facts = [](const Layer& l) {
       return std::tuple(l.storage, l.input.get_device_index(), l.input.dim(), l.B, l.H, l.w_hr.has_value());
@@ -121,7 +113,7 @@ struct PersistentPath : GatesPath<Cell> {
   }
 
   static ForwardResult forward(const Layer& l, bool save, bool cells) {
-    if constexpr (kHasPersistentKernel<Cell>) {
+    if constexpr (kIsTorchCell<Cell>) {
       if (auto r = run_forward(std::array{&l}, save, cells)) return std::move((*r)[0]);
     } else {
       plan_for(l, cells, Pass::forward, 1);  // raises where the path is forced
@@ -135,7 +127,7 @@ struct PersistentPath : GatesPath<Cell> {
 
   static GateGradients backward(const Layer& l, const ForwardResult& saved, const ResultGradients& d,
                                 bool need_states) {
-    if constexpr (kHasPersistentKernel<Cell>) {
+    if constexpr (kIsTorchCell<Cell>) {
       if (auto g = run_backward(std::array{&l}, std::array{&saved}, std::array{&d})) return std::move((*g)[0]);
     } else {
       plan_for(l, d.cells.has_value(), Pass::backward, 1);
@@ -248,7 +240,7 @@ struct PersistentPath : GatesPath<Cell> {
       p.arithmetic = Arithmetic::tf32;
     }
     CudaPlan plan = plan_cuda(p, device, force);
-    if (!kHasPersistentKernel<Cell>) plan = {CudaPath::gates, "this cell has no persistent kernel"};
+    if (!kIsTorchCell<Cell>) plan = {CudaPath::gates, "this cell has no persistent kernel"};
     if (l.is_controlled || cells) plan = {CudaPath::gates, "persistent kernels leave the states alone"};
     check(plan.path == CudaPath::persistent || force.path != CudaPath::persistent || layers > 1,
           "fastrnn: FASTRNN_PATH=persistent cannot serve this layer: ", plan.reason);

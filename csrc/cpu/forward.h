@@ -34,8 +34,6 @@ class Forward {
         packs_own_panels_(plan_.split == Split::units || plan_.threads == 1),
         team_(plan_.threads) {}
 
-  const CpuPlan& plan() const { return plan_; }
-
   // What comes before the threads share the work.
   void prepare() {
     prepare_weights();
@@ -69,6 +67,7 @@ class Forward {
   }
 
   void finish() {}
+  const CpuPlan& plan() const { return plan_; }
 
  private:
   // Rows of the batch that run together, and what they share. Its memory is taken before the threads start: in one of
@@ -79,8 +78,7 @@ class Forward {
     std::vector<const S*> input;  // every input row of the lane, in the order of the run
     Buffer<T> x_gates;            // [panels, rows of a chunk, G*kBlock]
     struct Wide {
-      Buffer<R> input;  // [rows of a chunk, I]
-      Buffer<R> h;      // [rows, P]
+      Buffer<R> input, h;  // [rows of a chunk, I], [rows, P]
     };
     std::vector<Wide> wide;  // of each thread, if S is widened
 

@@ -127,10 +127,11 @@ struct Format<Half> {
 };
 #endif
 
-template <typename S, typename Lanes>
-FASTRNN_HD Bits16 load_bits(const S* from, Lanes lanes) {
+// The bits of all values that V has room for, or of the first ones; the others are 0.
+template <typename V, typename S, typename Lanes>
+FASTRNN_HD V load_bits(const S* from, Lanes lanes) {
   static_assert(sizeof(S) == sizeof(uint16_t));
-  Bits16 bits{};
+  V bits{};
   if constexpr (std::is_same_v<Lanes, AllLanes>) {
     std::memcpy(&bits, from, sizeof bits);
   } else {
@@ -140,7 +141,7 @@ FASTRNN_HD Bits16 load_bits(const S* from, Lanes lanes) {
 }
 template <typename S, typename Lanes>
 FASTRNN_HD typename Format<S>::V load(const S* from, Lanes lanes) {
-  return Format<S>::widen(load_bits(from, lanes));
+  return Format<S>::widen(load_bits<Bits16>(from, lanes));
 }
 template <typename S, typename Lanes>
 FASTRNN_HD void store(S* to, typename Format<S>::V v, Lanes lanes) {
@@ -203,13 +204,7 @@ struct Multiply<Bf16> {
   }
   template <typename Lanes>
   FASTRNN_HD static Vec<Word> along(const Bf16* row, Lanes count) {
-    Vec<Word> words{};
-    if constexpr (std::is_same_v<Lanes, AllLanes>) {
-      std::memcpy(&words, row, sizeof words);
-    } else {
-      std::memcpy(&words, row, sizeof(Bf16) * count);
-    }
-    return words;
+    return load_bits<Vec<Word>>(row, count);
   }
   FASTRNN_HD static Word word(const Bf16* x, int64_t count) {
     Word pair = x[0].bits;
@@ -224,7 +219,7 @@ struct Multiply<Bf16> {
  private:
   template <typename Lanes>
   FASTRNN_HD static Vec<Word> half_words(const Bf16* row, Lanes lanes) {
-    return __builtin_convertvector(load_bits(row, lanes), Vec<Word>);
+    return __builtin_convertvector(load_bits<Bits16>(row, lanes), Vec<Word>);
   }
 };
 #endif
