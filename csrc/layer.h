@@ -39,7 +39,7 @@ struct Layer {
   int64_t T, B, I, H, P, N;
   std::vector<int64_t> row_begin;
   Steps steps;
-  Tensor input;  // last dimension contiguous
+  Tensor input;  // last dimension contiguous; no stride of 0 between steps
   MaybeTensor w_ih;
   Tensor w_hh;
   MaybeTensor b_ih, b_hh, w_hr, w_cell;
@@ -84,7 +84,8 @@ struct Layer {
     grad_clip = c.grad_clip;
     is_controlled = c.any();
     input = to_dtype(a.input, compute);
-    if (I != 1 && input.stride(input.dim() - 1) != 1) input = dense(input);
+    const bool repeats = !a.batch_sizes && T > 1 && input.stride(0) == 0;  // 0 says packed to the CPU kernels
+    if (repeats || (I != 1 && input.stride(input.dim() - 1) != 1)) input = dense(input);
     w_ih = prepare(a.w_ih);
     w_hh = *prepare(a.w_hh);
     b_ih = prepare(a.b_ih);

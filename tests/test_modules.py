@@ -314,9 +314,10 @@ def test_strides_do_not_matter(case, module, tensors):
         torch.testing.assert_close(ours, expected)
 
 
-def test_expanded_tensors(case, module, tensors):
-    """Stride 0, as from expand, and as in the gradient of a sum."""
-    odd = {name: tensor[:, :1].expand_as(tensor) for name, tensor in tensors.items()}
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_expanded_tensors(case, module, tensors, dim):
+    """Stride 0, as from expand, and as in the gradient of a sum; over time, as where a decoder repeats its input."""
+    odd = {name: tensor.narrow(dim, 0, 1).expand_as(tensor) for name, tensor in tensors.items()}
     dense = {name: tensor.contiguous() for name, tensor in odd.items()}
     for ours, expected in zip(run(case, module, odd, None), run(case, module, dense, None), strict=True):
         torch.testing.assert_close(ours, expected)
