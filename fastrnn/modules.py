@@ -89,7 +89,7 @@ class RNN(LayerStack):
         if is_plain and torch.is_grad_enabled() and not is_tracing() and input.size(0) == 1:
             h = ops.rnn_step(self.nonlinearity, input.squeeze(0), *others)
             if h is not None:
-                return h.clone().unsqueeze(0), h  # apart: one may be changed in place
+                return h.unsqueeze(0), h.clone()  # apart: the states may be changed in place
         return ops.rnn_layer(*args, nonlinearity=self.nonlinearity, **options)
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:

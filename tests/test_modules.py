@@ -283,6 +283,20 @@ def test_in_place_change_of_the_output_is_caught(cell, device):
         output.sum().backward()
 
 
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("cell", CELLS)
+def test_final_states_may_be_changed_in_place(cell, T, device):
+    """As where episodes end between two calls: backward reads none of them, at one step either."""
+    case = Case(cell, T=T)
+    module = case.module(fastrnn, device=device)
+    output, states = module(torch.randn(T, case.B, case.I, device=device))
+    expected = torch.autograd.grad(output.sum(), list(module.parameters()), retain_graph=True)
+    for state in states if cell == "lstm" else (states,):
+        state[:, 0] = 0
+    grads = torch.autograd.grad(output.sum(), list(module.parameters()))
+    assert all(torch.equal(ours, wanted) for ours, wanted in zip(grads, expected, strict=True))
+
+
 def test_runs_are_bitwise_equal(case, module, tensors):
     first, second = (run(case, module, tensors, None) for _ in range(2))
     for one, other in zip(first, second, strict=True):
