@@ -68,7 +68,7 @@ struct CpuPath {
   // Of the shape of the input.
   static Tensor input_gradient(const Layer& l, const Tensor& d_x_gates) {
     const ScalarType t = l.w_ih ? compute(l.storage) : d_x_gates.scalar_type();
-    const Tensor d_input = l.input.dim() == 2 ? empty(d_x_gates, {l.N, l.I}, t) : empty(d_x_gates, {l.T, l.B, l.I}, t);
+    const Tensor d_input = l.empty_like_input(l.I, t);
     dispatch_storage(t, [&](auto zero) {
       using S = decltype(zero);
       std::vector<S*> rows;
@@ -202,10 +202,10 @@ struct CpuPath {
     using C = Cell<float>;
     const ScalarType t = compute(l.storage), acc = acc_dtype(t);
     ForwardResult r;
-    r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.P}, t) : empty(l.input, {l.T, l.B, l.P}, t);
+    r.output = l.empty_like_input(l.P, t);
     r.h_n = empty(l.input, {l.B, l.P}, t);
     if (C::kStates > 1) r.c_n = empty(l.input, sizes_of(*l.c0), acc);
-    if (cells) r.cells = empty(l.input, {l.T, l.B, l.H}, t);
+    if (cells) r.cells = l.empty_like_input(l.H, t);
     if (l.h_mask) r.h_in = empty(l.input, {l.N, l.P}, t);
     if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
     if (save && C::kStates > 1) r.saved_c = empty(l.input, {(C::kStates - 1) * l.N, l.H}, acc);

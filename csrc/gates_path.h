@@ -116,14 +116,14 @@ struct GatesPath {
     const OnDevice device(l.input);
     const ScalarType t = l.storage, acc = acc_dtype(t);
     ForwardResult r;
-    r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.P}, t) : empty(l.input, {l.T, l.B, l.P}, t);
+    r.output = l.empty_like_input(l.P, t);
     r.h_n = empty(l.input, {l.B, l.P}, t);  // h after the last step of each row so far
     copy_to(r.h_n, l.h0);
     if (C::kStates > 1) {
       r.c_n = empty(l.input, sizes_of(*l.c0), acc);
       copy_to(*r.c_n, *l.c0);
     }
-    if (cells) r.cells = empty(l.input, {l.T, l.B, l.H}, t);
+    if (cells) r.cells = l.empty_like_input(l.H, t);
     if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
     if (save && C::kStates > 1) r.saved_c = empty(l.input, {(C::kStates - 1) * l.N, l.H}, acc);
     if (save && l.w_hr) r.saved_m = empty(l.input, {l.N, l.H}, t);

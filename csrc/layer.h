@@ -97,6 +97,11 @@ struct Layer {
   }
   Layer(const Layer&) = delete;  // steps points into row_begin and order
 
+  // Rows in the form of the input: [T, B, width] or packed [N, width].
+  Tensor empty_like_input(int64_t width, ScalarType t) const {
+    return input.dim() == 2 ? empty(input, {N, width}, t) : empty(input, {T, B, width}, t);
+  }
+
   int64_t real_rows() const { return row_begin[T]; }  // N but for lengths, where memory is there for T*B
 
   template <typename scalar_t>

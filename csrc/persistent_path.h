@@ -158,7 +158,7 @@ struct PersistentPath : GatesPath<Cell> {
     for (size_t i = 0; i < n; ++i) {
       const Layer& l = *layers[i];
       ForwardResult& r = results[i];
-      r.output = l.input.dim() == 2 ? empty(l.input, {l.N, l.H}, t) : empty(l.input, {l.T, l.B, l.H}, t);
+      r.output = l.empty_like_input(l.H, t);
       r.h_n = empty(l.input, {l.B, l.H}, t);
       if (C::kStates == 2) r.c_n = empty(l.input, {l.B, l.H}, t);
       if (save && C::kSaved > 0) r.saved_gates = empty(l.input, {l.N, C::kSaved * l.H}, t);
