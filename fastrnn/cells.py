@@ -5,13 +5,24 @@ Letters in shapes: B batch, I input_size, H hidden_size.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrnn import ops
-from fastrnn.stack import NO_SCRIPT, Device, States, as_hx, call_autocast, check_alike, is_tracing, read_weights
+from fastrnn.autograd import is_tracing
+from fastrnn.stack import (
+    NO_SCRIPT,
+    Device,
+    States,
+    as_hx,
+    call_autocast,
+    check_alike,
+    is_autocast_on,
+    read_weights,
+)
 
 
 class _Cell(nn.RNNCellBase):
@@ -40,7 +51,8 @@ class _Cell(nn.RNNCellBase):
         if not is_tracing():
             self._check_sizes(input, states)
         weights = read_weights(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        states = call_autocast(self._step, self._promotes, input, weights, states)
+        step = partial(call_autocast, self._step, self._promotes) if is_autocast_on() else self._step
+        states = step(input, weights, states)
         return as_hx(states if dim == 2 else [state.squeeze(0) for state in states])
 
     def _step(self, input: Tensor, weights: list[Any], states: States | None) -> Sequence[Tensor]:
@@ -48,7 +60,7 @@ class _Cell(nn.RNNCellBase):
             states = [input.new_zeros(input.size(0), self.hidden_size)] * len(self._promotes)
         else:
             check_alike(input, "hidden", states)
-        check_alike(input, "parameter", weights[:2] + [bias for bias in weights[2:] if bias is not None])
+        check_alike(input, "parameter", weights if weights[2] is not None else weights[:2])
         return self._op(input, *weights, *states)
 
     def _check_sizes(self, input: Tensor, states: States | None) -> None:
@@ -56,12 +68,13 @@ class _Cell(nn.RNNCellBase):
         if input_size != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {self.input_size}")
         for index, state in enumerate(states or ()):
+            if state.shape == (batch, self.hidden_size):
+                continue
             if state.size(0) != batch:
                 raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
-            if state.size(1) != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
-                )
+            raise RuntimeError(
+                f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
+            )
 
     def _states(self, hx: Any) -> States:
         self._check_state_dim(hx, "hidden")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.autograd import side_by_side
+from fastrnn.autograd import is_tracing, side_by_side
 from fastrnn.options import NO_OPTIONS, Options, RecurrentOptions
 
 NO_SCRIPT = (
@@ -27,11 +27,6 @@ NO_SCRIPT = (
 # Inside this module states are a sequence, h or (h, c); `hx` is what the user sees, a tensor or a pair.
 States = Sequence[Tensor]
 Device = torch.device | str | int | None
-
-
-def is_tracing() -> bool:
-    """Whether torch.jit.trace runs. Sizes are tensors then, and a check of them is recorded as a constant."""
-    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
 
 
 def as_hx(states: States) -> Any:
@@ -49,6 +44,8 @@ def check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> N
     """Raises unless all are tensors with the device and the dtype of the input."""
     device, dtype = input.device, input.dtype
     for tensor in tensors:
+        if tensor is not None and tensor.dtype is dtype and tensor.device == device:
+            continue
         if tensor is None:
             raise TypeError(f"expected {kind} to be a Tensor, but got NoneType")
         if tensor.device != device:
@@ -56,11 +53,15 @@ def check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> N
                 f"Input and {kind} tensors are not at the same device, "
                 f"found input tensor at {device} and {kind} tensor at {tensor.device}"
             )
-        if tensor.dtype != dtype:
-            raise RuntimeError(
-                f"Input and {kind} tensors are not the same dtype, "
-                f"found input tensor with {dtype} and {kind} tensor with {tensor.dtype}"
-            )
+        raise RuntimeError(
+            f"Input and {kind} tensors are not the same dtype, "
+            f"found input tensor with {dtype} and {kind} tensor with {tensor.dtype}"
+        )
+
+
+def is_autocast_on() -> bool:
+    """Whether autocast is on for any device: the public ways to ask take four times as long."""
+    return torch._C._is_any_autocast_enabled()  # RNNBase asks it too
 
 
 def call_autocast(
@@ -69,17 +70,16 @@ def call_autocast(
     input: Tensor,
     weights: Sequence[Tensor | None],
     states: States | None,
+    *rest: Any,
 ) -> Sequence[Tensor]:
-    """Calls run(input, weights, states), in the dtype that autocast asks for where it is on.
+    """Calls run(input, weights, states, *rest), in the dtype that autocast asks for where it is on.
 
     CPU autocast of torch.nn returns in the wider dtype what is carried from step to step by elementwise arithmetic, the
     h of a GRU and mostly the c of an LSTM. `promotes` tells for each result whether it is so.
     """
-    if not torch._C._is_any_autocast_enabled():  # RNNBase asks it too; the public way takes four times as long
-        return run(input, weights, states)
     device = input.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return run(input, weights, states)
+        return run(input, weights, states, *rest)
     dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Any) -> Any:
@@ -89,7 +89,7 @@ def call_autocast(
     carried = torch.promote_types(dtype, input.dtype if states is None else states[-1].dtype)
     states = states if states is None else [cast(state) for state in states]
     with torch.autocast(device, enabled=False):  # the products inside an op are none of autocast's business
-        results = run(cast(input), [cast(weight) for weight in weights], states)
+        results = run(cast(input), [cast(weight) for weight in weights], states, *rest)
     if device != "cpu" or results[0].dtype != dtype:
         return results
     return [result.to(carried) if promote else result for result, promote in zip(results, promotes, strict=True)]
@@ -236,6 +236,41 @@ class LayerStack(nn.RNNBase):
     def _run(
         self, input: Tensor, hx: Any, controls: dict[str, Any], batch_sizes: Tensor | None = None
     ) -> tuple[Tensor, Any, Tensor | None]:
+        weights = self._flat_weights
+        if batch_sizes is not None or not self._fits(input, hx, weights[0]):
+            self._check(input, hx, batch_sizes)
+        batch_first = self.batch_first and batch_sizes is None
+        if batch_first:
+            input = input.transpose(0, 1)
+
+        states = None if hx is None else self._states(hx)
+        run: Callable[..., Sequence[Tensor]] = self._run_layers
+        if is_autocast_on():
+            run = partial(call_autocast, run, self._promotes(batch_sizes is not None))
+        output, *states = run(input, weights, states, controls, batch_sizes)
+        cells = states.pop() if controls.get("return_cells") else None
+        if batch_first:
+            output, cells = output.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
+        return output, as_hx(states), cells
+
+    def _fits(self, input: Tensor, hx: Any, weight: Any) -> bool:
+        """Whether `_check` finds nothing, asked in a fifth of its time; if not sure, no. Not for packed sequences."""
+        if is_tracing() or input.dtype is not weight.dtype:
+            return False
+        shape = input.shape
+        if len(shape) != 3 or shape[2] != self.input_size or 0 in shape:
+            return False
+        if hx is None:
+            return True
+        runs, batch = self.num_layers * (2 if self.bidirectional else 1), shape[0 if self.batch_first else 1]
+        h, *others = self._states(hx)
+        expected = (runs, batch, self.hidden_size)
+        return h.shape == ((*expected[:2], self.proj_size) if self.proj_size > 0 else expected) and all(
+            [other.shape == expected for other in others]
+        )
+
+    def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
+        """Raises as torch.nn does where sizes or dtypes do not fit the module."""
         if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
             self.check_input(input, batch_sizes)
             if hx is not None and batch_sizes is not None:  # the graph's data, known when it runs
@@ -243,20 +278,8 @@ class LayerStack(nn.RNNBase):
                 torch._assert_async(rows_fit, "Expected hidden to have as many rows as there are sequences")
         else:
             self.check_forward_args(input, hx, batch_sizes)
-        batch_first = self.batch_first and batch_sizes is None
-        if batch_first:
-            input = input.transpose(0, 1)
-        if batch_sizes is None and not is_tracing() and input.size(0) == 0:
+        if batch_sizes is None and not is_tracing() and input.size(1 if self.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-
-        run = partial(self._run_layers, controls=controls, batch_sizes=batch_sizes)
-        states = None if hx is None else self._states(hx)
-        promotes = self._promotes(batch_sizes is not None)
-        output, *states = call_autocast(run, promotes, input, self._flat_weights, states)
-        cells = states.pop() if controls.get("return_cells") else None
-        if batch_first:
-            output, cells = output.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
-        return output, as_hx(states), cells
 
     def _run_layers(
         self,
@@ -272,16 +295,20 @@ class LayerStack(nn.RNNBase):
         """
         directions = 2 if self.bidirectional else 1
         runs = self.num_layers * directions
-        if states is None:
-            batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
-            initial = [self._zeros(input, batch)] * runs
-        else:
+        if states is not None:
             check_alike(input, "hidden", states)
-            # The gradient of squeeze is a view, that of unbind copies.
-            by_run = ((state.squeeze(0),) if runs == 1 else state.unbind() for state in states)
-            initial = list(zip(*by_run, strict=True))
         check_alike(input, "parameter", weights)
+        batch = 0 if states is not None else input.size(1) if batch_sizes is None else int(batch_sizes[0])
+        if runs == 1:
+            own = self._zeros(input, batch) if states is None else [state.squeeze(0) for state in states]
+            output, *last = self._run_layer(input, weights, own, controls, batch_sizes=batch_sizes, reverse=False)
+            return [output, *[state.unsqueeze(0) for state in last[: len(own)]], *last[len(own) :]]
 
+        initial = (
+            [self._zeros(input, batch)] * runs
+            if states is None
+            else list(zip(*(state.unbind() for state in states), strict=True))
+        )
         per_run = len(weights) // runs
 
         def run_one(run: int, input: Tensor, **meet: Any) -> tuple[Tensor, ...]:
@@ -306,8 +333,6 @@ class LayerStack(nn.RNNBase):
             if self.dropout > 0 and self.training and layer < self.num_layers - 1:
                 input = torch.dropout(input, self.dropout, True)
         joined = [torch.cat(cells, -1)] if cells else []
-        if runs == 1:
-            return [input, *(state.unsqueeze(0) for state in final[0]), *joined]
         return [input, *(torch.stack(state) for state in zip(*final, strict=True)), *joined]
 
     def _run_layer(
@@ -320,7 +345,7 @@ class LayerStack(nn.RNNBase):
     ) -> tuple[Tensor, ...]:
         """One direction of one layer: the output, the final states, and c of every step if `controls` ask for it."""
         w_ih, w_hh, b_ih, b_hh, *rest = weights if self.bias else (*weights[:2], None, None, *weights[2:])
-        named = self._further_weights(rest)
+        named = self._further_weights(rest) if rest else {}
         options = self.options
         if options is NO_OPTIONS and not controls:
             return self._op(input, w_ih, w_hh, b_ih, b_hh, *states, **named, **where)
