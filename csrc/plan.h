@@ -47,16 +47,17 @@ inline CpuPlan plan_layer(const CpuProblem& p) {
   constexpr int64_t kMinimumWeightsPerThread = 4096;
   // From here on the weights are read from cache often enough per step that reading them in every thread is free.
   constexpr int64_t kRowsPerThread = 4;
-  // A single row reads a weight nearly as fast where it is, so that packing pays only after this many steps; sooner
-  // where rows of the weight are so long that they drive each other out of the cache.
-  constexpr int64_t kStepsWorthPacking = 128, kLongRow = 512;
+  // A single row reads a weight nearly as fast where it is, so that packing pays only after this many steps. Weights
+  // that no cache holds it reads faster so: memory answers many streams sooner than one.
+  constexpr int64_t kStepsWorthPacking = 64, kMostWeightsInCache = 6 << 20;
   // Packed weights are float: from rows of this length on, one row reads half as many bytes, where they are, in less
   // time.
   constexpr int64_t kRowWorthWidening = 192;
 
   const bool pack = p.T * p.B >= kRowsWorthPacking;
-  const bool one_row_packs = p.T >= kStepsWorthPacking || p.T * p.P > kStepsWorthPacking * kLongRow;
-  const bool pack_recurrent = pack && (p.B > 1 || (one_row_packs && !(p.widens && p.P >= kRowWorthWidening)));
+  const bool one_row_packs = p.T >= kStepsWorthPacking && p.recurrent_weights() <= kMostWeightsInCache &&
+                             !(p.widens && p.P >= kRowWorthWidening);
+  const bool pack_recurrent = pack && (p.B > 1 || one_row_packs);
   const auto plan = [&](Split split, int64_t threads, const char* reason) {
     return CpuPlan{split, static_cast<int>(threads), reason, pack, pack_recurrent};
   };

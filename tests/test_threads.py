@@ -48,6 +48,16 @@ def test_any_number_of_threads(case, threads, torch_threads):
     assert torch.get_num_threads() == threads
 
 
+# The input gates of all steps at once, 1 MB of them, and in chunks of time, of 5 MB.
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(150, 2, 24, 200), (400, 4, 24, 200)])
+@pytest.mark.parametrize("layout", ["dense", "packed_unsorted"])
+def test_long_sequences(size, layout, dtype, threads, torch_threads):
+    torch.set_num_threads(threads)
+    check_parity(Case("lstm", *size, layout=layout, dtype=dtype), fastrnn, CPU)
+
+
 def problem(case):
     torch.manual_seed(0)
     module = case.module(fastrnn)

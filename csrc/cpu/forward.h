@@ -3,12 +3,13 @@
 //
 // What is fused: the recurrent product of a tile, the gates and the state update; a step reads h, the packed W_hh and
 // its input gates, and writes h (and, for training, what backward needs). The input gates are made for a chunk of steps
-// at a time, small enough to stay in the cache of the core until the recurrence reads them.
+// at a time, small enough to stay in the cache of the core until the recurrence reads them; or for all steps where
+// these are few: W_ih is then packed a panel at a time, in a place that stays in cache.
 
 namespace fastrnn::FASTRNN_ISA {
 
-// Bytes of input gates per chunk and thread: half of a usual L2, the other half is for the weights.
-inline constexpr int64_t kChunkBytes = 512 * 1024;
+// Bytes of input gates per chunk and thread: half of a usual L2, the other half is for the weights. And of an only one.
+inline constexpr int64_t kChunkBytes = 512 * 1024, kOnlyChunkBytes = 4 * kChunkBytes;
 
 // S: the type that rows and weights are stored in. Sums, gates and c are of type T. What products read is of type R:
 // where that is not S, a thread widens the rows of a chunk, and those of h once a step.
@@ -36,6 +37,9 @@ class Forward {
 
   // What comes before the threads share the work.
   void prepare() {
+    const int lanes = plan_.split == Split::units ? 1 : plan_.threads;
+    const std::vector<int64_t> rows = split_rows(p_.steps, p_.B, lanes);
+    for (int i = 0; i < lanes; ++i) lanes_.emplace_back(*this, rows[i], rows[i + 1], plan_.threads / lanes);
     prepare_weights();
     if (p_.w_hr) m_ = Buffer<R>(p_.B * p_.H);
     if (kResetsBefore<Cell>) z_ = Buffer<T>(p_.B * p_.H);
@@ -45,12 +49,6 @@ class Forward {
       std::fill_n(zeros_.get(), p_.P, S{});
     }
     if (p_.h_in) mask_h0();
-    if (plan_.split == Split::units) {
-      lanes_.emplace_back(*this, 0, p_.B, plan_.threads);
-    } else {
-      const std::vector<int64_t> rows = split_rows(p_.steps, p_.B, plan_.threads);
-      for (int i = 0; i < plan_.threads; ++i) lanes_.emplace_back(*this, rows[i], rows[i + 1], 1);
-    }
   }
 
   // The shares [begin, end) of the plan's threads.
@@ -87,12 +85,14 @@ class Forward {
       for (int64_t s = 0; s < p.steps.T; ++s) {
         for (int64_t b = begin; b < std::min(end, p.steps.count(s)); ++b) input.push_back(f.input_row(s, b));
       }
-      const int64_t step_bytes = (end - begin) * f.panels_ * Gates::kColumns * static_cast<int64_t>(sizeof(T));
-      chunk_steps = std::clamp<int64_t>(threads * kChunkBytes / std::max<int64_t>(1, step_bytes), 1,
-                                        std::max<int64_t>(1, p.steps.T));
+      const auto steps_in = [&](int64_t bytes, int64_t row_bytes) {
+        return std::max<int64_t>(1, std::min(p.steps.T, bytes / std::max<int64_t>(1, (end - begin) * row_bytes)));
+      };
+      const int64_t gate_bytes = f.panels_ * Gates::kColumns * static_cast<int64_t>(sizeof(T));
+      chunk_steps = steps_in(threads * kOnlyChunkBytes, gate_bytes);
+      if (chunk_steps < p.steps.T) chunk_steps = steps_in(threads * kChunkBytes, gate_bytes);
       if (kWidens<S> && p.w_ih) {
-        const int64_t wide_bytes = (end - begin) * p.I * static_cast<int64_t>(sizeof(R));
-        chunk_steps = std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(1, wide_bytes), 1, chunk_steps);
+        chunk_steps = std::min(chunk_steps, steps_in(kChunkBytes, p.I * static_cast<int64_t>(sizeof(R))));
       }
       if (p.w_ih) x_gates = Buffer<T>(chunk_steps * (end - begin) * f.panels_ * Gates::kColumns);
       for (int i = 0; kWidens<S> && i < threads; ++i) {
@@ -131,16 +131,14 @@ class Forward {
             widen(chunk.input[row], p_.I, chunk.wide_input + row * p_.I);
           }
         }
-        // A panel is used while it is hot from packing. For a single chunk one place serves all, and stays in cache.
+        // A panel is used while it is hot from packing.
         for (int64_t panel = panel_begin; p_.w_ih && panel < panel_end; ++panel) {
-          const bool is_own = packs_own_panels_, is_only = is_own && lane.chunk_steps == p_.steps.T;
-          const int64_t place = is_only ? panel_begin : panel;
-          if (is_own && s == 0) pack_input(panel, panel + 1, place);
+          const int64_t place = shares_places_ ? thread : panel;
+          if (packs_own_panels_ && s == 0) pack_input(panel, panel + 1, place);
           input_gates(panel, place, chunk);
         }
       }
-      const int64_t count = lane.count(p_.steps, s);
-      const int64_t in_chunk = lane.input.data() + done - chunk.input;
+      const int64_t count = lane.count(p_.steps, s), in_chunk = lane.input.data() + done - chunk.input;
       if constexpr (kWidens<S>) {
         for (int64_t b = lane.begin; b < lane.begin + count; ++b) {
           widen(product_row(s, b, h_before(s, b)), p_.P, wide_h + (b - lane.begin) * p_.P);
@@ -215,7 +213,8 @@ class Forward {
       }
     }
     if (p_.w_ih && plan_.pack_input) {
-      packed_ih_ = Buffer<Word>(panels_ * words_of<S>(p_.I) * Gates::kColumns);
+      shares_places_ = packs_own_panels_ && lanes_[0].chunk_steps == p_.steps.T;
+      packed_ih_ = Buffer<Word>((shares_places_ ? plan_.threads : panels_) * words_of<S>(p_.I) * Gates::kColumns);
       bias_ih_ = pack_bias(p_.b_ih);
     }
     if (packs_own_panels_) return;
@@ -484,7 +483,8 @@ class Forward {
   const CpuPlan plan_;
   const int64_t panels_;
   const bool packs_own_panels_;  // each thread those that it multiplies with, else all threads together for all
-  Buffer<Word> packed_ih_;       // [panels, I, G*kBlock]
+  bool shares_places_ = false;   // one place for the panels of W_ih that a thread packs, each used once
+  Buffer<Word> packed_ih_;       // [panels, I, G*kBlock], or [threads, I, G*kBlock]
   Buffer<Word> packed_hh_;       // [panels, P, G*kBlock]
   Buffer<Word> packed_hr_;       // [panels of P, H, kBlock]
   Buffer<T> bias_ih_;            // [panels, G*kBlock]

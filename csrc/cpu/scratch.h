@@ -54,8 +54,8 @@ class ScratchBlocks {
   }
 
  private:
-  static constexpr size_t kAlign = 64;          // a cache line, and the widest vector
-  static constexpr size_t kKeep = 64ull << 20;  // per thread: the packed weights of an LSTM with H = 1024, twice
+  static constexpr size_t kAlign = 64;           // a cache line, and the widest vector
+  static constexpr size_t kKeep = 160ull << 20;  // per thread: what an LSTM with I = H = 2048 takes
   std::vector<Block> free_;
   size_t kept_ = 0;
 };
