@@ -91,13 +91,9 @@ struct CpuPath {
   static WeightAndBias input_weight_gradient(const Layer& l, const GateGradients& g, bool bias) {
     return weight_gradient(l, g.d_x_gates, l.I, l.w_ih.has_value(), bias, [&](auto zero, auto& rows) {
       using T = decltype(zero);
-      const bool packed = l.input.dim() == 2;
-      const int64_t stride = l.input.stride(packed ? 0 : 1), stride_t = l.input.stride(0);
       const T* const input = in<T>(l.input);
-      for_each_row(l, [&](int64_t s, int64_t b) {
-        const int64_t t = l.steps.time(s), first = packed ? l.row_begin[t] * stride : t * stride_t;
-        rows.push_back(input + first + l.steps.state(b) * stride);
-      });
+      const InputRows places = l.input_rows();
+      for_each_row(l, [&](int64_t s, int64_t b) { rows.push_back(input + places.offset(l.steps, s, b)); });
     });
   }
 
@@ -312,7 +308,6 @@ struct CpuPath {
 
   template <typename S, typename T = typename TypesOf<S>::acc_t>
   static SequenceForward<S> parameters(const Layer& l, const ForwardResult& r, const Wide& wide) {
-    const bool packed = l.input.dim() == 2;
     SequenceForward<S> p{};
     p.B = l.B;
     p.I = l.I;
@@ -321,8 +316,7 @@ struct CpuPath {
     p.N = l.N;
     p.steps = l.steps;
     p.input = in<S>(l.input);
-    p.input_stride = l.input.stride(packed ? 0 : 1);
-    p.input_stride_t = packed ? 0 : l.input.stride(0);
+    p.input_rows = l.input_rows();
     p.w_ih = in<S>(l.w_ih);
     p.w_hh = in<S>(l.w_hh);
     p.b_ih = in<T>(wide.b_ih);

@@ -77,6 +77,18 @@ struct Steps {
   int64_t state(int64_t b) const { return order ? order[b] : b; }
 };
 
+// Where the rows of the input lie, in elements. Any strides, so that it is read as it came.
+struct InputRows {
+  bool packed;       // the rows of a step follow those of the step before
+  int64_t stride;    // between the rows of a step
+  int64_t stride_t;  // between steps, unless packed
+
+  int64_t offset(const Steps& steps, int64_t s, int64_t b) const {
+    const int64_t t = steps.time(s);
+    return (packed ? steps.row_begin[t] * stride : t * stride_t) + steps.state(b) * stride;
+  }
+};
+
 // What happens to the states between two steps, beside the cell; null or 0: nothing. R: the rows of input and output.
 inline constexpr int kZonedStates = 2;  // h and c
 template <typename scalar_t>
@@ -137,17 +149,16 @@ struct SequenceForward {
   int64_t N;  // rows of what is packed
   Steps steps;
   // inputs
-  const scalar_t* input;   // [R, I], or x_gates [R, G*H] when w_ih is null
-  int64_t input_stride;    // between the rows of a step
-  int64_t input_stride_t;  // between steps; 0 when packed: rows follow each other
-  const scalar_t* w_ih;    // [G*H, I] or null
-  const scalar_t* w_hh;    // [G*H, P]
-  const acc_t* b_ih;       // [G*H] or null
-  const acc_t* b_hh;       // [G*H] or null
-  const scalar_t* w_hr;    // [P, H] or null: no projection, P == H. Of a cell that resets before: what r h meets
-  const acc_t* w_cell;     // [kParameters*H] or null
-  const scalar_t* h0;      // [B, P]
-  const acc_t* c0;         // [C, B, H]  the C = kStates - 1 states beside h; null for cells without
+  const scalar_t* input;  // [R, I], or x_gates [R, G*H] when w_ih is null
+  InputRows input_rows;
+  const scalar_t* w_ih;  // [G*H, I] or null
+  const scalar_t* w_hh;  // [G*H, P]
+  const acc_t* b_ih;     // [G*H] or null
+  const acc_t* b_hh;     // [G*H] or null
+  const scalar_t* w_hr;  // [P, H] or null: no projection, P == H. Of a cell that resets before: what r h meets
+  const acc_t* w_cell;   // [kParameters*H] or null
+  const scalar_t* h0;    // [B, P]
+  const acc_t* c0;       // [C, B, H]  the C = kStates - 1 states beside h; null for cells without
   Controls<scalar_t> controls;
   // outputs
   scalar_t* output;       // [R, P]

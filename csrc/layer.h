@@ -39,7 +39,7 @@ struct Layer {
   int64_t T, B, I, H, P, N;
   std::vector<int64_t> row_begin;
   Steps steps;
-  Tensor input;  // last dimension contiguous; no stride of 0 between steps
+  Tensor input;  // last dimension contiguous
   MaybeTensor w_ih;
   Tensor w_hh;
   MaybeTensor b_ih, b_hh, w_hr, w_cell;
@@ -84,8 +84,7 @@ struct Layer {
     grad_clip = c.grad_clip;
     is_controlled = c.any();
     input = to_dtype(a.input, compute);
-    const bool repeats = !a.batch_sizes && T > 1 && input.stride(0) == 0;  // 0 says packed to the CPU kernels
-    if (repeats || (I != 1 && input.stride(input.dim() - 1) != 1)) input = dense(input);
+    if (I != 1 && input.stride(input.dim() - 1) != 1) input = dense(input);
     w_ih = prepare(a.w_ih);
     w_hh = *prepare(a.w_hh);
     b_ih = prepare(a.b_ih);
@@ -102,6 +101,10 @@ struct Layer {
     return input.dim() == 2 ? empty(input, {N, width}, t) : empty(input, {T, B, width}, t);
   }
 
+  InputRows input_rows() const {
+    const bool packed = input.dim() == 2;
+    return {packed, input.stride(packed ? 0 : 1), input.stride(0)};
+  }
   int64_t real_rows() const { return row_begin[T]; }  // N but for lengths, where memory is there for T*B
 
   template <typename scalar_t>

@@ -158,11 +158,7 @@ class Forward {
     copy_h_n(lane, p_.w_hr ? std::pair<int64_t, int64_t>(0, p_.P) : units);
   }
 
-  const S* input_row(int64_t s, int64_t b) const {
-    const int64_t t = p_.steps.time(s);
-    const int64_t first = p_.input_stride_t ? t * p_.input_stride_t : p_.steps.row_begin[t] * p_.input_stride;
-    return p_.input + first + p_.steps.state(b) * p_.input_stride;
-  }
+  const S* input_row(int64_t s, int64_t b) const { return p_.input + p_.input_rows.offset(p_.steps, s, b); }
 
   // Position b ends with the last step that it has a part in; one without a step keeps h0.
   void copy_h_n(const Lane& lane, std::pair<int64_t, int64_t> units) const {
