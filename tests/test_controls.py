@@ -98,7 +98,7 @@ def controls(names: tuple[str, ...], width: int, packed: bool = False) -> dict:
         "return_cells": True,
     }
     if "one_zone" in names:
-        drawn |= {"zone_h": torch.tensor([0.25]).double(), "zone_c": torch.tensor([0.125]).double()}
+        drawn |= {"zone_h": torch.tensor([0.3]).double(), "zone_c": torch.tensor([0.15]).double()}  # products round
     return {name: drawn[name] for name in names if name in drawn}
 
 

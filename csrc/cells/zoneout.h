@@ -14,8 +14,8 @@ FASTRNN_HD T zoned(T share, T prev, T next) {
 }
 
 // The gradients of zoned(), and what backward of the cell asks for: its states as the cell made them. To be made before
-// it: what is zoned passes the rest of the gradient to it.
-template <class Cell, typename T>
+// it: what is zoned passes the rest of the gradient to it. Storage: what the states are rounded to.
+template <class Cell, typename T, typename Storage = typename ValueTraits<T>::Scalar>
 struct ZoneBackward {
   Values<T, Cell::kStates> kept;  // the way of the gradient past the cell, for d_prev
 
@@ -30,9 +30,14 @@ struct ZoneBackward {
         return;
       }
     }
-    // A share of 1 leaves nothing to restore it from, and no gradient that would ask for it.
+    // A share of 1 leaves nothing to restore it from, and no gradient that would ask for it. What rounding leaves of 0
+    // is 0 again: relu asks for the sign.
+    constexpr double kRounding = sizeof(Storage) == 8 ? 0x1p-51 : sizeof(Storage) == 4 ? 0x1p-22 : 0x1.01p-8;
     const T rest = share < 1.0f ? 1.0f - share : broadcast<T>(1.0f);
-    next[k] = share < 1.0f ? (next[k] - share * prev[k]) / rest : next[k];
+    const T past = share * prev[k], made = next[k] - past;
+    const T noise = (past < 0.0f ? -past : past) * static_cast<typename ValueTraits<T>::Scalar>(kRounding);
+    const T cleaned = (made <= noise) & (made >= -noise) ? T{} : made;
+    next[k] = share < 1.0f ? cleaned / rest : next[k];
   }
 };
 

@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
         for (int i = 0; i < N; ++i) d_next[i][k] += values[i];
       }
     }
-    ZoneBackward<C, acc_t> zone[N] = {};
+    ZoneBackward<C, acc_t, scalar_t> zone[N] = {};
     if constexpr (kControlled) {
 #pragma unroll
       for (int k = 0; k < kZones<C>; ++k) {
