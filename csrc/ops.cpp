@@ -288,7 +288,7 @@ struct Entry<Operator, Results, call> {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Registration. Fake kernels and autograd are in fastrnn/ops.py.
+// Registration. Fake kernels are in fastrnn/fakes.py, autograd in fastrnn/autograd.py.
 
 using Library = torch::stable::detail::StableLibrary;
 
