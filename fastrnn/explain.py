@@ -115,7 +115,7 @@ def _steps_and_rows(module: Any, input: Tensor | PackedSequence) -> tuple[int, i
 
 def _compute_dtype(data: Tensor) -> torch.dtype:
     device = data.device.type
-    if torch.is_autocast_enabled(device) and data.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and data.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return data.dtype
 
@@ -203,7 +203,8 @@ def _notes(data: Tensor, dtype: torch.dtype, taken: str | None) -> list[str]:
     if refused := getattr(torch.ops.fastrnn, "refused_launches", int)():
         notes.append(f"a device refused {refused} persistent kernels in this process: path gates ran instead")
     if data.device.type not in ("cpu", "cuda"):
-        notes.append(f"there is no kernel for {data.device.type}: a call raises")
+        outcome = "a call works out shapes alone" if data.is_meta else "a call raises"
+        notes.append(f"there is no kernel for {data.device.type}: {outcome}")
     if taken in ("converted", "widened"):
         how = "tensors are converted before and after" if taken == "converted" else "kernels convert as they read"
         notes.append(f"{str(dtype).removeprefix('torch.')} is computed in float32 on this CPU: {how}")

@@ -431,6 +431,12 @@ def test_explain_a_build_without_kernels(monkeypatch):
     assert "built without FASTRNN_PERSISTENT=1" in fastrnn.explain(fastrnn.GRU(3, 4), input).layers[0]
 
 
+def test_explain_where_there_is_no_kernel():
+    module, input = fastrnn.GRU(3, 4, device="meta"), torch.randn(5, 2, 3, device="meta")
+    assert "there is no kernel for meta: a call works out shapes alone" in fastrnn.explain(module, input).notes
+    assert module(input)[0].is_meta
+
+
 def test_explain_torch_nn_and_others():
     assert "fastrnn.convert" in str(fastrnn.explain(nn.GRU(3, 4), torch.randn(5, 2, 3)))
     with pytest.raises(TypeError, match="expected an RNN, GRU, LSTM or cell, got Linear"):
