@@ -60,7 +60,7 @@ class _Cell(nn.RNNCellBase):
             states = [input.new_zeros(input.size(0), self.hidden_size)] * len(self._promotes)
         else:
             check_alike(input, "hidden", states)
-        check_alike(input, "parameter", weights if weights[2] is not None else weights[:2])
+        check_alike(input, "parameter", [w for i, w in enumerate(weights) if i < 2 or w is not None])
         return self._op(input, *weights, *states)
 
     def _check_sizes(self, input: Tensor, states: States | None) -> None:
@@ -72,9 +72,10 @@ class _Cell(nn.RNNCellBase):
                 continue
             if state.size(0) != batch:
                 raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
-            raise RuntimeError(
-                f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
-            )
+            if state.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
+                )
 
     def _states(self, hx: Any) -> States:
         self._check_state_dim(hx, "hidden")

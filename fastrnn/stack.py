@@ -200,6 +200,9 @@ class LayerStack(nn.RNNBase):
         controls: dict[str, Any] = {}
         if lengths is None and reset is None:
             return controls
+        for name, given in (("lengths", lengths), ("reset", reset)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"expected {name} to be a Tensor, got {type(given).__name__}")
         name = "lengths" if lengths is not None else "reset"
         if isinstance(input, PackedSequence) or input.dim() != 3:
             form = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D input"
@@ -263,7 +266,7 @@ class LayerStack(nn.RNNBase):
         if hx is None:
             return True
         runs, batch = self.num_layers * (2 if self.bidirectional else 1), shape[0 if self.batch_first else 1]
-        h, *others = self._states(hx)
+        h, *others = (hx,) if isinstance(hx, Tensor) else hx
         expected = (runs, batch, self.hidden_size)
         return h.shape == ((*expected[:2], self.proj_size) if self.proj_size > 0 else expected) and all(
             [other.shape == expected for other in others]

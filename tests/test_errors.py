@@ -263,7 +263,9 @@ def test_devices(cell):
 
 
 @pytest.mark.parametrize(
-    "bad", ["input width", "input 3-D", "input 0-D", "input dtype", "hx batch", "hx width", "hx 1-D", "hx dtype"]
+    "bad",
+    ["input width", "input 3-D", "input 0-D", "input dtype", "unbatched input"]
+    + ["hx batch", "hx width", "hx 1-D", "hx dtype"],
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_cell_modules(cell, bad):
@@ -275,6 +277,7 @@ def test_cell_modules(cell, bad):
         "hx batch": (x, h[1:]),
         "hx width": (x, h[:, 1:]),
         "hx 1-D": (x, h[0]),
+        "unbatched input": (x[0], h),
         "input dtype": (x.double(), h),
         "hx dtype": (x, h.double()),
     }[bad]

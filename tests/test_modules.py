@@ -56,6 +56,18 @@ def test_every_cell_has_its_modules():
         assert isinstance(getattr(fastrnn, f"{name}Cell")(2, 3), nn.RNNCellBase)
 
 
+@pytest.mark.parametrize("name", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("cell", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cells_without_one_bias(cell, name):
+    results = []
+    for namespace in (fastrnn, nn):
+        torch.manual_seed(1)
+        module = getattr(namespace, cell)(3, 4)
+        setattr(module, name, None)
+        results.append(module(torch.ones(2, 3)))
+    torch.testing.assert_close(*results)
+
+
 def test_parameters_are_those_of_torch_nn(case):
     """Names, order, shapes, and initial values under one seed."""
     modules = []
