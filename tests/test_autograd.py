@@ -445,3 +445,12 @@ def test_autocast_leaves_float64_alone(namespace, device):
     expected = module(input)
     with torch.autocast(device.type, torch.bfloat16):
         assert_trees_close(module(input), expected, rtol=0, atol=0)
+
+
+def test_inactive_units_pass_no_gradient(device):
+    """Of relu; not even an infinite one, as torch's."""
+    x, zeros = torch.tensor([[[1.0, -1.0, 0.0]]], device=device), torch.zeros(1, 3, device=device)
+    eye, b = torch.eye(3, device=device), torch.zeros(3, device=device, requires_grad=True)
+    output, _ = ops.rnn_layer(x, eye, eye, b, None, zeros, nonlinearity="relu")
+    (grad,) = torch.autograd.grad(output, b, torch.full_like(output, float("inf")))
+    assert grad.tolist() == [float("inf"), 0, 0]

@@ -181,9 +181,4 @@ template <typename T>
 FASTRNN_HD T tanh_grad(T y) {
   return 1.0f - y * y;
 }
-template <typename T>
-FASTRNN_HD T relu_grad(T y) {
-  return y > 0.0f ? broadcast<T>(1.0f) : T{};
-}
-
 }  // namespace fastrnn

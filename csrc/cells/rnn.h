@@ -13,14 +13,15 @@
 
 namespace fastrnn {
 
+// value(x), and the gradient of x from y = value(x) and its gradient.
 struct Tanh {
   template <typename T>
   FASTRNN_HD static T value(T x) {
     return tanh(x);
   }
   template <typename T>
-  FASTRNN_HD static T grad(T y) {
-    return tanh_grad(y);
+  FASTRNN_HD static T backward(T y, T d_y) {
+    return d_y * tanh_grad(y);
   }
 };
 
@@ -30,8 +31,8 @@ struct Relu {
     return relu(x);
   }
   template <typename T>
-  FASTRNN_HD static T grad(T y) {
-    return relu_grad(y);
+  FASTRNN_HD static T backward(T y, T d_y) {
+    return y <= 0.0f ? T{} : d_y;  // as torch: infinite gradients of inactive units are 0, NaN is no inactive unit
   }
 };
 
@@ -44,8 +45,8 @@ struct LeakyRelu {
     return x < 0.0f ? x * kSlope<T> : x;
   }
   template <typename T>
-  FASTRNN_HD static T grad(T y) {
-    return y > 0.0f ? broadcast<T>(1.0f) : broadcast<T>(kSlope<T>);
+  FASTRNN_HD static T backward(T y, T d_y) {
+    return y > 0.0f ? d_y : d_y * kSlope<T>;
   }
 };
 
@@ -69,7 +70,7 @@ struct RnnCell {
                                   const Values<T, kStates>& /*prev*/, const Values<T, kStates>& next,
                                   const Values<T, kStates>& d_next, Values<T, kStates>& d_prev, Values<T, kGates>& d_gx,
                                   Values<T, kGates>& d_gh) {
-    d_gx[0] = d_next[0] * Activation::grad(next[0]);
+    d_gx[0] = Activation::backward(next[0], d_next[0]);
     d_gh[0] = d_gx[0];
     d_prev[0] = T{};
   }
