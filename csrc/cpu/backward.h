@@ -319,7 +319,7 @@ class Backward {
         d_next[k] = load(p_.d_c0 + ((k - 1) * p_.B + state) * p_.H + j, lanes);
       }
       if (Cell::kStates > 1 && p_.d_cells) d_next[1] += load(p_.d_cells + place * p_.H + j, lanes);
-      ZoneBackward<Plain, V> zone{};
+      ZoneBackward<Plain, V, S> zone{};
       for (int k = kNormalisesC<Cell>; k < std::min(Cell::kStates, kZonedStates); ++k) {
         if (!controls.zone[k]) continue;
         zone.before_cell(k, zone_share(controls, k, place * p_.H + j, lanes), saved, prev, next, d_next);
