@@ -11,6 +11,8 @@
 
 namespace fastrnn {
 
+enum class Pass { forward, backward };
+
 // How the threads of the CPU share a layer. Rows of the batch need no synchronisation at all; hidden units need one
 // barrier per step, but read each weight in one thread only.
 enum class Split { rows, units };
@@ -23,6 +25,7 @@ struct CpuProblem {
   bool normalises = false;    // the products of a row, all of them together
   int layers = 1;             // 1, or 2 of these sizes that do not wait for each other
   bool widens = false;        // weights are of 16 bits, which products read as float
+  Pass pass = Pass::forward;
 
   constexpr int64_t recurrent_weights() const { return gates * H * P + (P != H || two_products ? P * H : 0); }
   constexpr int64_t multiply_adds() const { return T * B * (recurrent_weights() + gates * H * I); }  // of a layer
@@ -42,24 +45,34 @@ constexpr bool worth_threads(int64_t multiply_adds) { return multiply_adds >= 30
 // Packing a weight costs about what this many rows cost that are multiplied with it.
 inline constexpr int64_t kRowsWorthPacking = 16;
 
+constexpr bool packs_recurrent(const CpuProblem& p) {
+  // Backward reads W_hh by panels of columns, each from all rows. Where their pages are more than the 3072 of 4 KB that
+  // a processor keeps the addresses of, a step takes three times as long as with a packed weight.
+  constexpr int64_t kBytesOfKnownPages = 12 << 20, kStepsWorthPages = 4;
+  const int64_t bytes = p.recurrent_weights() * (p.widens ? 2 : 4);
+  if (p.pass == Pass::backward && bytes > kBytesOfKnownPages && p.T >= kStepsWorthPages) return true;
+  if (p.B > 1) return p.T * p.B >= kRowsWorthPacking;
+
+  // A single row reads a weight nearly as fast where it is. Packed weights are float: from rows of this length on, it
+  // reads half as many bytes, where they are, in less time.
+  constexpr int64_t kRowWorthWidening = 192;
+  if (p.widens && p.P >= kRowWorthWidening) return false;
+  // Columns are read as fast where they are as long as the second cache holds them.
+  constexpr int64_t kWeightsInSecondCache = 1 << 18;
+  if (p.pass == Pass::backward) return p.T >= 24 && p.recurrent_weights() > kWeightsInSecondCache;
+  // Rows that no cache holds are read sooner where they are: memory answers many streams faster than one.
+  constexpr int64_t kWeightsInLastCache = 6 << 20;
+  return p.T >= 64 && p.recurrent_weights() <= kWeightsInLastCache;
+}
+
 inline CpuPlan plan_layer(const CpuProblem& p) {
   // A barrier costs about what one thread does with 4096 weights read from its cache.
   constexpr int64_t kMinimumWeightsPerThread = 4096;
   // From here on the weights are read from cache often enough per step that reading them in every thread is free.
   constexpr int64_t kRowsPerThread = 4;
-  // A single row reads a weight nearly as fast where it is, so that packing pays only after this many steps. Weights
-  // that no cache holds it reads faster so: memory answers many streams sooner than one.
-  constexpr int64_t kStepsWorthPacking = 64, kMostWeightsInCache = 6 << 20;
-  // Packed weights are float: from rows of this length on, one row reads half as many bytes, where they are, in less
-  // time.
-  constexpr int64_t kRowWorthWidening = 192;
-
-  const bool pack = p.T * p.B >= kRowsWorthPacking;
-  const bool one_row_packs = p.T >= kStepsWorthPacking && p.recurrent_weights() <= kMostWeightsInCache &&
-                             !(p.widens && p.P >= kRowWorthWidening);
-  const bool pack_recurrent = pack && (p.B > 1 || one_row_packs);
   const auto plan = [&](Split split, int64_t threads, const char* reason) {
-    return CpuPlan{split, static_cast<int>(threads), reason, pack, pack_recurrent};
+    const bool pack_input = p.T * p.B >= kRowsWorthPacking;
+    return CpuPlan{split, static_cast<int>(threads), reason, pack_input, packs_recurrent(p)};
   };
 
   if (p.threads <= 1) return plan(Split::rows, 1, "one thread is allowed");
@@ -109,8 +122,6 @@ constexpr int storage_bytes(Arithmetic a) {
 }
 
 enum class CudaPath { gates, persistent };
-
-enum class Pass { forward, backward };
 
 struct CudaProblem {
   int64_t T, B, H;

@@ -69,6 +69,7 @@ def plan_cpu(
     normalises: bool = False,
     layers: Literal[1, 2] = 1,
     widens: bool = False,
+    backward: bool = False,
 ) -> CpuPlan:
     """The plan for a layer of these sizes, where torch may use `threads` threads. P is H without a projection.
 

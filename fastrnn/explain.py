@@ -135,7 +135,7 @@ def _cpu_path(problem: dict[str, Any]) -> str:
     shared = {"rows": "each with rows of the batch", "units": "each with hidden units"}[plan.split]
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads, {shared}"
     in_place = [name for name, packed in (("W_ih", plan.pack_input), ("W_hh", plan.pack_recurrent)) if not packed]
-    weights = f"; {' and '.join(in_place)} read in place, too few rows to pack for" if in_place else ""
+    weights = f"; {' and '.join(in_place)} read in place, where packing does not pay" if in_place else ""
     compiled = " (in a compiled program one after the other)" if plan.side_by_side else ""
     return f"fused CPU kernel ({_C.isa()}) on {threads}: {plan.reason}{compiled}{weights}"
 

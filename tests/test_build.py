@@ -81,13 +81,24 @@ def test_plan_uses_no_more_threads_than_allowed_and_needed(sizes: tuple[int, ...
 
 @pytest.mark.parametrize(
     "T, B, H, widens, packed", [(1, 1, 64, False, ""), (3, 5, 64, False, ""), (16, 1, 64, False, "ih"),
-                                (16, 2, 64, False, "ih hh"), (128, 1, 64, False, "ih hh"), (100, 1, 512, False, "ih"),
-                                (100, 1, 1024, False, "ih hh"), (128, 1, 64, True, "ih hh"), (128, 1, 256, True, "ih"),
-                                (16, 2, 256, True, "ih hh"), (3, 5, 256, True, "")]
+                                (16, 2, 64, False, "ih hh"), (64, 1, 64, False, "ih hh"), (63, 1, 512, False, "ih"),
+                                (64, 1, 1024, False, "ih hh"), (100, 1, 1536, False, "ih"), (64, 1, 64, True, "ih hh"),
+                                (128, 1, 256, True, "ih"), (16, 2, 256, True, "ih hh"), (3, 5, 256, True, "")]
 )  # fmt: skip
 def test_plan_packs_what_serves_many_rows(T: int, B: int, H: int, widens: bool, packed: str) -> None:
     plan = _C.plan_cpu(T=T, B=B, I=H, H=H, P=H, gates=4, threads=2, widens=widens)
     assert {"ih": plan.pack_input, "hh": plan.pack_recurrent} == {name: name in packed for name in ("ih", "hh")}
+
+
+@pytest.mark.parametrize(
+    "T, B, H, widens, packs", [(1, 1, 64, False, False), (100, 1, 256, False, False), (24, 1, 512, False, True),
+                               (23, 1, 512, False, False), (100, 1, 512, True, False), (3, 2, 1024, False, False),
+                               (4, 1, 1024, False, True), (4, 1, 1024, True, False), (4, 1, 2048, True, True),
+                               (8, 2, 64, False, True)]
+)  # fmt: skip
+def test_plan_of_backward(T: int, B: int, H: int, widens: bool, packs: bool) -> None:
+    plan = _C.plan_cpu(T=T, B=B, I=0, H=H, P=H, gates=4, threads=2, widens=widens, backward=True)
+    assert plan.pack_recurrent == packs
 
 
 def test_plan_runs_both_directions_at_once_where_threads_wait_or_idle() -> None:

@@ -23,7 +23,7 @@ class Backward {
       : p_(p),
         pool_(pool),
         plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>,
-                        layers, kWidens<S>})),
+                        layers, kWidens<S>, Pass::backward})),
         panels_(Panel::panels(p.H)),
         team_(plan_.threads) {}
 
