@@ -298,20 +298,18 @@ class LayerStack(nn.RNNBase):
         """
         directions = 2 if self.bidirectional else 1
         runs = self.num_layers * directions
-        if states is not None:
+        zeros: States = ()
+        if states is None:
+            zeros = self._zeros(input, input.size(1) if batch_sizes is None else int(batch_sizes[0]))
+        else:
             check_alike(input, "hidden", states)
         check_alike(input, "parameter", weights)
-        batch = 0 if states is not None else input.size(1) if batch_sizes is None else int(batch_sizes[0])
         if runs == 1:
-            own = self._zeros(input, batch) if states is None else [state.squeeze(0) for state in states]
+            own = zeros or [state.squeeze(0) for state in states or ()]
             output, *last = self._run_layer(input, weights, own, controls, batch_sizes=batch_sizes, reverse=False)
             return [output, *[state.unsqueeze(0) for state in last[: len(own)]], *last[len(own) :]]
 
-        initial = (
-            [self._zeros(input, batch)] * runs
-            if states is None
-            else list(zip(*(state.unbind() for state in states), strict=True))
-        )
+        initial = [zeros] * runs if zeros else list(zip(*(state.unbind() for state in states or ()), strict=True))
         per_run = len(weights) // runs
 
         def run_one(run: int, input: Tensor, **meet: Any) -> tuple[Tensor, ...]:
