@@ -27,7 +27,8 @@ class RecurrentOptions(TypedDict, total=False):
             one mask per call (DropConnect; Merity et al., "Regularizing and optimizing LSTM language models", 2018).
             In training.
         grad_clip: The gradient that a step hands on to the states before it is clamped, elementwise, to
-            [-grad_clip, grad_clip]. None: not at all.
+            [-grad_clip, grad_clip]. None: not at all. In second derivatives what comes from the loss and what comes
+            from a first derivative are clamped each for itself.
         checkpoint: Backward runs the layer again, that many steps at a time, in place of keeping its gates: it keeps
             the output and one chunk of gates. None: it keeps all.
 

@@ -426,12 +426,15 @@ inline DeviceAttributes current_device() {
 
 // A zero in page-locked memory that every device and the host can access, never freed; null when there is none left.
 inline uint32_t* host_visible_word() {
+  // The call that asks first may be captured into a graph: an allocation would end that in its default mode.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
   void* word = nullptr;
-  if (cudaHostAlloc(&word, sizeof(uint32_t), cudaHostAllocPortable | cudaHostAllocMapped) != cudaSuccess) {
-    cudaGetLastError();
-    return nullptr;
-  }
-  return new (word) uint32_t(0);
+  const cudaError_t error = cudaHostAlloc(&word, sizeof(uint32_t), cudaHostAllocPortable | cudaHostAllocMapped);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error == cudaSuccess) return new (word) uint32_t(0);
+  cudaGetLastError();
+  return nullptr;
 }
 
 }  // namespace fastrnn

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What only a GPU can show, run group by group by run.py: wrappers, streams, devices, graphs, no waiting."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -178,3 +179,21 @@ def test_graph(name):
         got = torch.autograd.grad(output, leaves, weight)
         for ours, theirs in zip((output, *got), (expected_output, *expected), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+FIRST_CALL_IN_A_GRAPH = """
+import torch, fastrnn
+layer, x = fastrnn.LSTM(64, 64, device="cuda", dtype=torch.float16), torch.randn(9, 4, 64, device="cuda").half()
+torch.mm(x[0], x[0].t())  # cuBLAS makes its handle outside of the graph
+graph = torch.cuda.CUDAGraph()
+with torch.no_grad(), torch.cuda.graph(graph):
+    output, _ = layer(x)
+graph.replay()
+with torch.no_grad():
+    assert torch.equal(output, layer(x)[0])
+"""
+
+
+def test_graph_of_the_first_call():
+    """What a process does once it also does while it is captured."""
+    subprocess.run([sys.executable, "-c", FIRST_CALL_IN_A_GRAPH], cwd=ROOT, check=True)
