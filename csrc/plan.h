@@ -45,6 +45,7 @@ constexpr bool worth_threads(int64_t multiply_adds) { return multiply_adds >= 30
 // Packing a weight costs about what this many rows cost that are multiplied with it.
 inline constexpr int64_t kRowsWorthPacking = 16;
 
+// Whether W_hh is packed before use, or read where it is.
 constexpr bool packs_recurrent(const CpuProblem& p) {
   // Backward reads W_hh by panels of columns, each from all rows. Where their pages are more than the 3072 of 4 KB that
   // a processor keeps the addresses of, a step takes three times as long as with a packed weight.

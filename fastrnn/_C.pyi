@@ -75,7 +75,7 @@ def plan_cpu(
 
     `two_products`: of a GRU that resets before the product, with gates=2. `normalises`: with layer normalisation.
     `layers`: 2 for both directions, which do not wait for each other.
-    `widens`: the weights are of 16 bits, which products read as float32.
+    `widens`: the weights are of 16 bits, which products read as float32. `backward`: of the backward pass.
     """
 
 class CudaPlan:

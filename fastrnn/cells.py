@@ -60,7 +60,7 @@ class _Cell(nn.RNNCellBase):
             states = [input.new_zeros(input.size(0), self.hidden_size)] * len(self._promotes)
         else:
             check_alike(input, "hidden", states)
-        check_alike(input, "parameter", [w for i, w in enumerate(weights) if i < 2 or w is not None])
+        check_alike(input, "parameter", weights[:2] + [bias for bias in weights[2:] if bias is not None])
         return self._op(input, *weights, *states)
 
     def _check_sizes(self, input: Tensor, states: States | None) -> None:

@@ -202,6 +202,7 @@ def build_with(tmp_path_factory) -> Callable[..., Path]:
             path = root / "csrc" / file
             text = path.read_text()
             original.setdefault(path, text)
+            assert text.count(before) == 1, f"{file} has {text.count(before)} of {before!r}"
             path.write_text(text.replace(before, after))
         try:
             return libraries.build("ops", variant, root)

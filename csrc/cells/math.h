@@ -181,4 +181,5 @@ template <typename T>
 FASTRNN_HD T tanh_grad(T y) {
   return 1.0f - y * y;
 }
+
 }  // namespace fastrnn
