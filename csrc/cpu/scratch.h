@@ -24,7 +24,8 @@ class ScratchBlocks {
     return blocks;
   }
 
-  Block take(size_t bytes) {
+  Block take(size_t at_least) {
+    const size_t bytes = (at_least + kAlign - 1) / kAlign * kAlign;
     const auto fits = [&](const Block& b) { return b.bytes >= bytes && b.bytes / 2 <= bytes; };
     const auto found = std::find_if(free_.begin(), free_.end(), fits);
     if (found != free_.end()) {
@@ -33,10 +34,9 @@ class ScratchBlocks {
       kept_ -= block.bytes;
       return block;
     }
-    const size_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
-    void* data = std::aligned_alloc(kAlign, rounded);
+    void* data = std::aligned_alloc(kAlign, bytes);
     if (!data) throw std::bad_alloc();
-    return {data, rounded};
+    return {data, bytes};
   }
 
   void give_back(Block block) {
