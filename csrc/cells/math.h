@@ -85,7 +85,7 @@ FASTRNN_HD ExpParts<T> exp_parts(T x) {
 
 template <typename T>
 FASTRNN_HD T broadcast(typename ValueTraits<T>::Scalar value) {
-  return T{} + value;
+  return value - T{};
 }
 
 // NaN stays NaN: both comparisons are false for it.
