@@ -68,6 +68,15 @@ class Forward {
   const CpuPlan& plan() const { return plan_; }
 
  private:
+  // One position at one step.
+  struct StepRow {
+    int64_t b, row, place, state;  // the position; its row of what is packed, of input and output, of the states
+    int64_t in_chunk;              // of the chunk
+    const S* h;                    // before the step
+    const R* operand;              // h as the recurrent product reads it: masked, widened
+    bool reset;
+  };
+
   // Rows of the batch that run together, and what they share. Its memory is taken before the threads start: in one of
   // them, running out of it would leave the others waiting.
   struct Lane {
@@ -75,10 +84,11 @@ class Forward {
     int64_t chunk_steps;          // steps whose input gates are made at a time
     std::vector<const S*> input;  // every input row of the lane, in the order of the run
     Buffer<T> x_gates;            // [panels, rows of a chunk, G*kBlock]
-    struct Wide {
-      Buffer<R> input, h;  // [rows of a chunk, I], [rows, P]
+    struct Own {
+      Buffer<StepRow> rows;          // [rows]
+      Buffer<R> wide_input, wide_h;  // [rows of a chunk, I], [rows, P], if S is widened
     };
-    std::vector<Wide> wide;  // of each thread, if S is widened
+    std::vector<Own> own;  // of each thread
 
     Lane(const Forward& f, int64_t row_begin, int64_t row_end, int threads) : begin(row_begin), end(row_end) {
       const SequenceForward<S>& p = f.p_;
@@ -95,8 +105,10 @@ class Forward {
         chunk_steps = std::min(chunk_steps, steps_in(kChunkBytes, p.I * static_cast<int64_t>(sizeof(R))));
       }
       if (p.w_ih) x_gates = Buffer<T>(chunk_steps * (end - begin) * f.panels_ * Gates::kColumns);
-      for (int i = 0; kWidens<S> && i < threads; ++i) {
-        wide.push_back({Buffer<R>(p.w_ih ? chunk_steps * (end - begin) * p.I : 0), Buffer<R>((end - begin) * p.P)});
+      const int64_t rows = end - begin, widened = kWidens<S> ? rows : 0;
+      for (int i = 0; i < threads; ++i) {
+        own.push_back(
+            {Buffer<StepRow>(rows), Buffer<R>(p.w_ih ? chunk_steps * widened * p.I : 0), Buffer<R>(widened * p.P)});
       }
     }
     int64_t count(const Steps& steps, int64_t s) const {  // its rows at the s-th step
@@ -118,13 +130,12 @@ class Forward {
     }
 
     if (packs_own_panels_) pack_recurrent(panel_begin, panel_end);
-    R* const wide_input = kWidens<S> ? lane.wide[thread].input.get() : nullptr;
-    R* const wide_h = kWidens<S> ? lane.wide[thread].h.get() : nullptr;
+    const typename Lane::Own& own = lane.own[thread];
     int64_t done = 0;  // rows of the lane before this step
     Chunk chunk{};
     for (int64_t s = 0; s < p_.steps.T; ++s) {
       if (s % lane.chunk_steps == 0) {
-        chunk = {lane.input.data() + done, 0, lane.x_gates.get(), wide_input};
+        chunk = {lane.input.data() + done, 0, lane.x_gates.get(), own.wide_input.get()};
         for (int64_t i = s; i < std::min(p_.steps.T, s + lane.chunk_steps); ++i) chunk.rows += lane.count(p_.steps, i);
         if constexpr (kWidens<S>) {
           for (int64_t row = 0; p_.w_ih && row < chunk.rows; ++row) {
@@ -139,19 +150,17 @@ class Forward {
         }
       }
       const int64_t count = lane.count(p_.steps, s), in_chunk = lane.input.data() + done - chunk.input;
-      if constexpr (kWidens<S>) {
-        for (int64_t b = lane.begin; b < lane.begin + count; ++b) {
-          widen(product_row(s, b, h_before(s, b)), p_.P, wide_h + (b - lane.begin) * p_.P);
-        }
-      }
+      StepRow* const rows = own.rows.get();
+      for (int64_t i = 0; i < count; ++i) rows[i] = step_row(s, lane.begin + i, in_chunk + i, own.wide_h.get(), i);
+      const LaneStep at{s, chunk, rows, count};
       // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
       for (int64_t i = 0; i < panel_end - panel_begin; ++i) {
-        step(lane, s, s % 2 == 0 ? panel_begin + i : panel_end - 1 - i, in_chunk, chunk, wide_h);
+        step(at, s % 2 == 0 ? panel_begin + i : panel_end - 1 - i);
       }
       if constexpr (kNormalises<Cell>) {
-        for (int64_t b = lane.begin; b < lane.begin + count; ++b) finish_row(s, b);
+        for (int64_t i = 0; i < count; ++i) finish_row(s, rows[i]);
       }
-      if (p_.w_hr) project(s, lane.begin, lane.begin + count);
+      if (p_.w_hr) project(at);
       done += count;
       barrier(s + 1);
     }
@@ -289,40 +298,53 @@ class Forward {
     return h ? h : zeros_.get();
   }
 
-  // What the recurrent product is to read, h or h masked.
-  const S* product_row(int64_t s, int64_t b, const S* h) const {
-    return p_.h_in ? p_.h_in + p_.steps.row(s, b) * p_.P : h;
+  // wide_h: where the n-th position of the lane has room for what is widened.
+  StepRow step_row(int64_t s, int64_t b, int64_t in_chunk, R* wide_h, int64_t n) const {
+    const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b);
+    const S* const h = h_before(s, b);
+    const S* const masked = p_.h_in ? p_.h_in + row * p_.P : h;
+    if constexpr (kWidens<S>) widen(masked, p_.P, wide_h + n * p_.P);
+    return {b,
+            row,
+            place,
+            p_.steps.state(b),
+            in_chunk,
+            h,
+            operand(masked, wide_h, n, p_.P),
+            p_.controls.reset && p_.controls.reset[place]};
   }
 
-  void step(const Lane& lane, int64_t s, int64_t panel, int64_t in_chunk, const Chunk& chunk, const R* wide_h) const {
+  // The positions of a lane at one step.
+  struct LaneStep {
+    int64_t s;
+    const Chunk& chunk;
+    const StepRow* rows;  // [count]
+    int64_t count;
+  };
+
+  void step(const LaneStep& at, int64_t panel) const {
     const Word* packed = panel_of<Gates>(packed_hh_, p_.P, panel);
+    const Chunk& chunk = at.chunk;
     constexpr int kRows = kTileRows<Gates::kVectors>;
-    for_each_tile(lane.begin, lane.begin + lane.count(p_.steps, s), kRows, [&](int64_t b, int count) {
-      const int64_t chunk_row = in_chunk + b - lane.begin;
+    for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
       alignas(64) T h_gates[kRows * Gates::kColumns];
-      const S* h_rows[kMaxTileRows];
-      const R* product_rows[kMaxTileRows];
+      const R* operands[kMaxTileRows];
+      for (int r = 0; r < count; ++r) operands[r] = at.rows[first + r].operand;
+      times<Gates>(p_.w_hh, p_.b_hh, packed, bias_hh_, p_.H, p_.P, panel, count, operands, h_gates);
       for (int r = 0; r < count; ++r) {
-        h_rows[r] = h_before(s, b + r);
-        const S* const row = product_row(s, b + r, h_rows[r]);
-        if (kResetsBefore<Cell>) h_rows[r] = row;
-        product_rows[r] = operand(row, wide_h, b + r - lane.begin, p_.P);
-      }
-      times<Gates>(p_.w_hh, p_.b_hh, packed, bias_hh_, p_.H, p_.P, panel, count, product_rows, h_gates);
-      for (int r = 0; r < count; ++r) {
-        const int64_t row = chunk_row + r;
+        const StepRow& row = at.rows[first + r];
         T* h_gates_row = h_gates + r * Gates::kColumns;
         const auto take = [&](const auto* x_gates, int64_t x_stride) {
           if constexpr (kNormalises<Cell>) {
-            keep_products(panel, b + r, x_gates, x_stride, h_gates_row);
+            keep_products(panel, row.b, x_gates, x_stride, h_gates_row);
           } else {
-            update(panel, s, b + r, x_gates, x_stride, h_gates_row, Gates::kBlock, h_rows[r]);
+            update(panel, at.s, row, x_gates, x_stride, h_gates_row, Gates::kBlock);
           }
         };
         if (p_.w_ih) {
-          take(chunk.x_gates + (panel * chunk.rows + row) * Gates::kColumns, Gates::kBlock);
+          take(chunk.x_gates + (panel * chunk.rows + row.in_chunk) * Gates::kColumns, Gates::kBlock);
         } else {
-          take(chunk.input[row] + panel * Gates::kBlock, p_.H);
+          take(chunk.input[row.in_chunk] + panel * Gates::kBlock, p_.H);
         }
       }
     });
@@ -331,10 +353,14 @@ class Forward {
   // The cell, for one position and the units of one panel. The strides lie between gates. Where the cell normalises c,
   // what it made takes the places of its first two gates, for output_row.
   template <typename X>
-  void update(int64_t panel, int64_t s, int64_t b, const X* x_gates, int64_t x_stride, T* h_gates, int64_t h_stride,
-              const S* h_prev) const {
-    const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), state = p_.steps.state(b);
-    const bool reset = p_.controls.reset && p_.controls.reset[place];
+  void update(int64_t panel, int64_t s, const StepRow& at, const X* x_gates, int64_t x_stride, T* h_gates,
+              int64_t h_stride) const {
+    const S* h_prev;  // as the product reads it, where a cell resets before
+    if constexpr (kResetsBefore<Cell>) {
+      h_prev = at.operand;
+    } else {
+      h_prev = at.h;
+    }
     const int64_t j0 = panel * Gates::kBlock;
     for_each_vector<T>(j0, j0 + Gates::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kGates> gx, gh;
@@ -349,29 +375,29 @@ class Forward {
       // With a projection h has another width than the cell; only the LSTM has one, and it reads h through W_hh alone.
       prev[0] = p_.w_hr && !kResetsBefore<Cell> ? V{} : load(h_prev + j, lanes);
       for (int k = 1; k < Cell::kStates; ++k) {
-        prev[k] = reset ? V{} : load(p_.c_n + ((k - 1) * p_.B + state) * p_.H + j, lanes);
+        prev[k] = at.reset ? V{} : load(p_.c_n + ((k - 1) * p_.B + at.state) * p_.H + j, lanes);
       }
       Plain::forward(gx, gh, w, prev, next, saved);
       if constexpr (kNormalisesC<Cell>) {
         for (int k = 0; k < Cell::kStates; ++k) store(h_gates + k * h_stride + j - j0, next[k], lanes);
       } else {
-        keep_h(s, b, j, prev[0], next[0], lanes);
+        keep_h(s, at, j, prev[0], next[0], lanes);
       }
-      if constexpr (kResetsBefore<Cell>) store(z_.get() + b * p_.H + j, saved[1], lanes);
+      if constexpr (kResetsBefore<Cell>) store(z_.get() + at.b * p_.H + j, saved[1], lanes);
       if (p_.saved_gates) {
         for (int k = 0; k < Plain::kSaved; ++k) {
-          store(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, saved[k], lanes);
+          store(p_.saved_gates + (at.row * Cell::kSaved + k) * p_.H + j, saved[k], lanes);
         }
       }
       if (Cell::kStates == kZonedStates && p_.controls.zone[1]) {
-        next[1] = zoned(zone_share(p_.controls, 1, place * p_.H + j, lanes), prev[1], next[1]);
+        next[1] = zoned(zone_share(p_.controls, 1, at.place * p_.H + j, lanes), prev[1], next[1]);
       }
       for (int k = 1; k < Cell::kStates; ++k) {
-        store(p_.c_n + ((k - 1) * p_.B + state) * p_.H + j, next[k], lanes);
-        if (p_.saved_c) store(p_.saved_c + ((k - 1) * p_.N + row) * p_.H + j, next[k], lanes);
+        store(p_.c_n + ((k - 1) * p_.B + at.state) * p_.H + j, next[k], lanes);
+        if (p_.saved_c) store(p_.saved_c + ((k - 1) * p_.N + at.row) * p_.H + j, next[k], lanes);
       }
       if constexpr (Cell::kStates > 1) {
-        if (p_.cells) store(p_.cells + place * p_.H + j, next[1], lanes);
+        if (p_.cells) store(p_.cells + at.place * p_.H + j, next[1], lanes);
       }
     });
   }
@@ -379,16 +405,15 @@ class Forward {
   // h after the s-th step of position b, as the cell made it: to where the next step, a projection or a second product
   // read it.
   template <typename Lanes>
-  FASTRNN_HD void keep_h(int64_t s, int64_t b, int64_t j, V before, V h, Lanes lanes) const {
-    const int64_t place = p_.steps.place(s, b);
+  FASTRNN_HD void keep_h(int64_t s, const StepRow& at, int64_t j, V before, V h, Lanes lanes) const {
     if (p_.w_hr) {
-      store(m_.get() + b * p_.H + j, h, lanes);
-      if (p_.saved_m) store(p_.saved_m + p_.steps.row(s, b) * p_.H + j, h, lanes);
+      store(m_.get() + at.b * p_.H + j, h, lanes);
+      if (p_.saved_m) store(p_.saved_m + at.row * p_.H + j, h, lanes);
       return;
     }
-    if (p_.controls.zone[0]) h = zoned(zone_share(p_.controls, 0, place * p_.H + j, lanes), before, h);
-    store(p_.output + place * p_.P + j, h, lanes);
-    if (p_.h_in && b < p_.steps.count(s + 1)) store_h_in(s + 1, b, j, h, lanes);
+    if (p_.controls.zone[0]) h = zoned(zone_share(p_.controls, 0, at.place * p_.H + j, lanes), before, h);
+    store(p_.output + at.place * p_.P + j, h, lanes);
+    if (p_.h_in && at.b < p_.steps.count(s + 1)) store_h_in(s + 1, at.b, j, h, lanes);
   }
 
   // Of a cell that normalises: position b's products of a panel.
@@ -405,11 +430,11 @@ class Forward {
   }
 
   // The rest of a step whose products are complete.
-  void finish_row(int64_t s, int64_t b) const {
+  void finish_row(int64_t s, const StepRow& at) const {
     const int64_t H = p_.H, all = 2 * Cell::kGates * H;
-    T *const x_gates = products_.get() + b * all, *const h_gates = x_gates + all / 2;
+    T *const x_gates = products_.get() + at.b * all, *const h_gates = x_gates + all / 2;
     if (p_.saved_gates) {
-      S* const saved = p_.saved_gates + (p_.steps.row(s, b) * Cell::kSaved + Plain::kSaved) * H;
+      S* const saved = p_.saved_gates + (at.row * Cell::kSaved + Plain::kSaved) * H;
       for_each_vector<T>(0, all, all, [&](int64_t j, auto lanes) FASTRNN_INLINE {
         store(saved + j, load(x_gates + j, lanes), lanes);
       });
@@ -423,40 +448,37 @@ class Forward {
       }
       gain += all;
     }
-    const S* const h_prev = h_before(s, b);
     for (int64_t panel = 0; panel < panels_; ++panel) {
       const int64_t j0 = panel * Gates::kBlock;
-      update(panel, s, b, x_gates + j0, H, h_gates + j0, H, h_prev);
+      update(panel, s, at, x_gates + j0, H, h_gates + j0, H);
     }
     if constexpr (kNormalisesC<Cell>) {
       const T *o = h_gates, *c = o + H, *gain_c = gain;
       normalise(c, gain_c, gain_c + H, H, [&](int64_t j, V y, auto lanes) FASTRNN_INLINE {
-        const V before = p_.controls.zone[0] ? load(h_prev + j, lanes) : V{};
-        keep_h(s, b, j, before, norm_output(load(o + j, lanes), y), lanes);
+        const V before = p_.controls.zone[0] ? load(at.h + j, lanes) : V{};
+        keep_h(s, at, j, before, norm_output(load(o + j, lanes), y), lanes);
       });
     }
   }
 
-  void project(int64_t s, int64_t begin, int64_t end) const {
+  void project(const LaneStep& at) const {
     constexpr int kRows = kTileRows<Projection::kVectors>;
     for (int64_t panel = 0; panel < Projection::panels(p_.P); ++panel) {
       const Word* packed = panel_of<Projection>(packed_hr_, p_.H, panel);
       const int64_t j0 = panel * Projection::kBlock;
-      for_each_tile(begin, end, kRows, [&](int64_t b0, int count) {
+      for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
         const R* rows[kMaxTileRows];
-        for (int r = 0; r < count; ++r) rows[r] = m_.get() + (b0 + r) * p_.H;
+        for (int r = 0; r < count; ++r) rows[r] = m_.get() + at.rows[first + r].b * p_.H;
         alignas(64) T h[kRows * Projection::kColumns];
         times<Projection>(p_.w_hr, nullptr, packed, {}, p_.P, p_.H, panel, count, rows, h);
         for (int r = 0; r < count; ++r) {
-          const int64_t b = b0 + r, place = p_.steps.place(s, b);
-          const bool goes_on = b < p_.steps.count(s + 1);
-          const S* const gx_n = kResetsBefore<Cell> ? input_row(s, b) + Cell::kGates * p_.H : nullptr;
-          const S* const h_prev = kResetsBefore<Cell> ? h_before(s, b) : nullptr;
+          const StepRow& row = at.rows[first + r];
+          const bool goes_on = row.b < p_.steps.count(at.s + 1);
           for_each_vector<T>(j0, j0 + Projection::kBlock, p_.P, [&](int64_t j, auto lanes) {
             V h_next = load(h + r * Projection::kColumns + j - j0);
-            if constexpr (kResetsBefore<Cell>) h_next = finish(s, b, j, gx_n, h_prev, h_next, lanes);
-            store(p_.output + place * p_.P + j, h_next, lanes);
-            if (p_.h_in && goes_on) store_h_in(s + 1, b, j, h_next, lanes);
+            if constexpr (kResetsBefore<Cell>) h_next = finish(at, row, j, h_next, lanes);
+            store(p_.output + row.place * p_.P + j, h_next, lanes);
+            if (p_.h_in && goes_on) store_h_in(at.s + 1, row.b, j, h_next, lanes);
           });
         }
       });
@@ -465,13 +487,14 @@ class Forward {
 
   // Of a cell that resets before: h after the step, from the second product.
   template <typename Lanes>
-  V finish(int64_t s, int64_t b, int64_t j, const S* gx_n, const S* h_prev, V product, Lanes lanes) const {
-    const V before = load(h_prev + j, lanes), z = load(z_.get() + b * p_.H + j, lanes);
+  V finish(const LaneStep& at, const StepRow& row, int64_t j, V product, Lanes lanes) const {
+    const S* const gx_n = at.chunk.input[row.in_chunk] + Cell::kGates * p_.H;
+    const V before = load(row.h + j, lanes), z = load(z_.get() + row.b * p_.H + j, lanes);
     V n;
     const V h_next = Cell::finish(load(gx_n + j, lanes) + product, z, before, n);
-    if (p_.saved_gates) store(p_.saved_gates + (p_.steps.row(s, b) * Cell::kSaved + 2) * p_.H + j, n, lanes);
+    if (p_.saved_gates) store(p_.saved_gates + (row.row * Cell::kSaved + 2) * p_.H + j, n, lanes);
     if (!p_.controls.zone[0]) return h_next;
-    return zoned(zone_share(p_.controls, 0, p_.steps.place(s, b) * p_.H + j, lanes), before, h_next);
+    return zoned(zone_share(p_.controls, 0, row.place * p_.H + j, lanes), before, h_next);
   }
 
   const SequenceForward<S>& p_;
