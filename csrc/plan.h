@@ -78,8 +78,14 @@ inline CpuPlan plan_layer(const CpuProblem& p) {
 
   if (p.threads <= 1) return plan(Split::rows, 1, "one thread is allowed");
   if (!worth_threads(p.multiply_adds())) return plan(Split::rows, 1, "too little work for a second thread");
+  // In a short sequence each weight is packed and read by one thread alone, for few barriers: one step needs none.
+  constexpr int64_t kFewSteps = 20, kUnitsPerThread = 128;  // a panel has up to 64 units
+  const bool splits_units = p.P == p.H && !p.two_products && !p.normalises;
+  if (p.pass == Pass::forward && p.T <= kFewSteps && splits_units && p.H >= kUnitsPerThread * p.threads) {
+    return plan(Split::units, p.threads, "few steps: threads share the hidden units");
+  }
   if (p.B >= kRowsPerThread * p.threads) return plan(Split::rows, p.threads, "enough rows for every thread");
-  if (p.P != p.H || p.two_products || p.normalises) {
+  if (!splits_units) {
     const char* reason = p.two_products ? "two products a step split by rows only"
                          : p.normalises ? "layer normalisation splits by rows only"
                                         : "a projection splits by rows only";

@@ -101,6 +101,18 @@ def test_plan_of_backward(T: int, B: int, H: int, widens: bool, packs: bool) -> 
     assert plan.pack_recurrent == packs
 
 
+def test_plan_splits_units_where_packing_outweighs_barriers() -> None:
+    few_rows, many = {"T": 100, "B": 2}, {"T": 100, "B": 32}
+    short = {"T": 20, "B": 32}
+    sizes = {"I": 256, "H": 256, "P": 256, "gates": 4, "threads": 2}
+    assert _C.plan_cpu(**sizes, **few_rows).split == "units"
+    assert _C.plan_cpu(**sizes, **short).split == "units"
+    assert _C.plan_cpu(**sizes, **short, backward=True).split == "rows"
+    assert _C.plan_cpu(**sizes, **many).split == "rows"
+    assert _C.plan_cpu(**sizes | {"threads": 3}, **short).split == "rows"  # too few panels for every thread
+    assert _C.plan_cpu(**sizes | {"P": 64}, **short).split == "rows"
+
+
 def test_plan_runs_both_directions_at_once_where_threads_wait_or_idle() -> None:
     lstm = {"T": 100, "B": 1, "I": 128, "H": 128, "P": 128, "gates": 4, "threads": 2}
     alone, both = _C.plan_cpu(**lstm), _C.plan_cpu(**lstm, layers=2)

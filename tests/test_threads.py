@@ -58,6 +58,16 @@ def test_long_sequences(size, layout, dtype, threads, torch_threads):
     check_parity(Case("lstm", *size, layout=layout, dtype=dtype), fastrnn, CPU)
 
 
+# Few steps of many rows: threads share the hidden units. One step needs no barrier, and packs W_hh a panel at a time.
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T, layout", [(1, "dense"), (5, "packed_unsorted")])
+@pytest.mark.parametrize("cell", CELLS)
+def test_short_sequences(cell, T, layout, dtype, threads, torch_threads):
+    torch.set_num_threads(threads)
+    check_parity(Case(cell, T, 20, 24, 260, layout=layout, dtype=dtype, bidirectional=T > 1), fastrnn, CPU)
+
+
 def problem(case):
     torch.manual_seed(0)
     module = case.module(fastrnn)

@@ -54,7 +54,7 @@ class Forward {
   // The shares [begin, end) of the plan's threads.
   void run_shares(int64_t begin, int64_t end) {
     if (plan_.split == Split::units) {
-      const Team::Range mine = team_.join({begin, end});
+      const Team::Range mine = p_.steps.T > 1 ? team_.join({begin, end}) : Team::Range{begin, end};
       if (mine.begin == mine.end) return;
       const int64_t n = plan_.threads, panel_begin = panels_ * mine.begin / n, panel_end = panels_ * mine.end / n;
       run_lane(lanes_[0], mine.begin, panel_begin, panel_end,
@@ -129,7 +129,7 @@ class Forward {
       }
     }
 
-    if (packs_own_panels_) pack_recurrent(panel_begin, panel_end);
+    if (packs_own_panels_ && !hh_shares_place_) pack_recurrent(panel_begin, panel_end, panel_begin);
     const typename Lane::Own& own = lane.own[thread];
     int64_t done = 0;  // rows of the lane before this step
     Chunk chunk{};
@@ -144,7 +144,7 @@ class Forward {
         }
         // A panel is used while it is hot from packing.
         for (int64_t panel = panel_begin; p_.w_ih && panel < panel_end; ++panel) {
-          const int64_t place = shares_places_ ? thread : panel;
+          const int64_t place = ih_shares_place_ ? thread : panel;
           if (packs_own_panels_ && s == 0) pack_input(panel, panel + 1, place);
           input_gates(panel, place, chunk);
         }
@@ -153,16 +153,19 @@ class Forward {
       StepRow* const rows = own.rows.get();
       for (int64_t i = 0; i < count; ++i) rows[i] = step_row(s, lane.begin + i, in_chunk + i, own.wide_h.get(), i);
       const LaneStep at{s, chunk, rows, count};
-      // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
       for (int64_t i = 0; i < panel_end - panel_begin; ++i) {
-        step(at, s % 2 == 0 ? panel_begin + i : panel_end - 1 - i);
+        // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
+        const int64_t panel = s % 2 == 0 ? panel_begin + i : panel_end - 1 - i,
+                      place = hh_shares_place_ ? thread : panel;
+        if (hh_shares_place_) pack_recurrent(panel, panel + 1, place);
+        step(at, panel, place);
       }
       if constexpr (kNormalises<Cell>) {
         for (int64_t i = 0; i < count; ++i) finish_row(s, rows[i]);
       }
       if (p_.w_hr) project(at);
       done += count;
-      barrier(s + 1);
+      if (s + 1 < p_.steps.T) barrier(s + 1);
     }
     copy_h_n(lane, p_.w_hr ? std::pair<int64_t, int64_t>(0, p_.P) : units);
   }
@@ -210,7 +213,8 @@ class Forward {
   // The buffers for packed weights, and what is packed before the lanes start.
   void prepare_weights() {
     if (plan_.pack_recurrent) {
-      packed_hh_ = Buffer<Word>(panels_ * words_of<S>(p_.P) * Gates::kColumns);
+      hh_shares_place_ = packs_own_panels_ && p_.steps.T == 1;
+      packed_hh_ = Buffer<Word>((hh_shares_place_ ? plan_.threads : panels_) * words_of<S>(p_.P) * Gates::kColumns);
       bias_hh_ = pack_bias(p_.b_hh);
       if (p_.w_hr) {
         packed_hr_ = Buffer<Word>(Projection::panels(p_.P) * words_of<S>(p_.H) * Projection::kColumns);
@@ -218,19 +222,19 @@ class Forward {
       }
     }
     if (p_.w_ih && plan_.pack_input) {
-      shares_places_ = packs_own_panels_ && lanes_[0].chunk_steps == p_.steps.T;
-      packed_ih_ = Buffer<Word>((shares_places_ ? plan_.threads : panels_) * words_of<S>(p_.I) * Gates::kColumns);
+      ih_shares_place_ = packs_own_panels_ && lanes_[0].chunk_steps == p_.steps.T;
+      packed_ih_ = Buffer<Word>((ih_shares_place_ ? plan_.threads : panels_) * words_of<S>(p_.I) * Gates::kColumns);
       bias_ih_ = pack_bias(p_.b_ih);
     }
     if (packs_own_panels_) return;
     in_parallel(pool_, panels_, [&](int64_t begin, int64_t end) {
-      pack_recurrent(begin, end);
+      pack_recurrent(begin, end, begin);
       pack_input(begin, end, begin);
     });
   }
 
-  void pack_recurrent(int64_t begin, int64_t end) const {
-    if (Word* to = panel_of<Gates>(packed_hh_, p_.P, begin)) {
+  void pack_recurrent(int64_t begin, int64_t end, int64_t place) const {
+    if (Word* to = panel_of<Gates>(packed_hh_, p_.P, place)) {
       pack_gates<S, Cell::kGates>(p_.w_hh, p_.H, p_.P, begin, end, to);
     }
   }
@@ -322,8 +326,9 @@ class Forward {
     int64_t count;
   };
 
-  void step(const LaneStep& at, int64_t panel) const {
-    const Word* packed = panel_of<Gates>(packed_hh_, p_.P, panel);
+  // place: where the panel of W_hh lies if it is packed.
+  void step(const LaneStep& at, int64_t panel, int64_t place) const {
+    const Word* packed = panel_of<Gates>(packed_hh_, p_.P, place);
     const Chunk& chunk = at.chunk;
     constexpr int kRows = kTileRows<Gates::kVectors>;
     for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
@@ -502,16 +507,17 @@ class Forward {
   const CpuPlan plan_;
   const int64_t panels_;
   const bool packs_own_panels_;  // each thread those that it multiplies with, else all threads together for all
-  bool shares_places_ = false;   // one place for the panels of W_ih that a thread packs, each used once
-  Buffer<Word> packed_ih_;       // [panels, I, G*kBlock], or [threads, I, G*kBlock]
-  Buffer<Word> packed_hh_;       // [panels, P, G*kBlock]
-  Buffer<Word> packed_hr_;       // [panels of P, H, kBlock]
-  Buffer<T> bias_ih_;            // [panels, G*kBlock]
-  Buffer<T> bias_hh_;            // [panels, G*kBlock]
-  Buffer<R> m_;                  // [B, H]  h before the projection, or r h
-  Buffer<T> z_;                  // [B, H]  of a cell that resets before
-  Buffer<T> products_;           // [B, 2, G, H]  of a cell that normalises: W_ih x and W_hh h
-  Buffer<S> zeros_;              // [P]  h after a reset
+  // One place for the panels of a weight that a thread packs, each used once.
+  bool ih_shares_place_ = false, hh_shares_place_ = false;
+  Buffer<Word> packed_ih_;  // [panels, I, G*kBlock], or [threads, I, G*kBlock]
+  Buffer<Word> packed_hh_;  // [panels, P, G*kBlock], or [threads, P, G*kBlock]
+  Buffer<Word> packed_hr_;  // [panels of P, H, kBlock]
+  Buffer<T> bias_ih_;       // [panels, G*kBlock]
+  Buffer<T> bias_hh_;       // [panels, G*kBlock]
+  Buffer<R> m_;             // [B, H]  h before the projection, or r h
+  Buffer<T> z_;             // [B, H]  of a cell that resets before
+  Buffer<T> products_;      // [B, 2, G, H]  of a cell that normalises: W_ih x and W_hh h
+  Buffer<S> zeros_;         // [P]  h after a reset
   std::vector<Lane> lanes_;
   Team team_;
 };

@@ -64,11 +64,15 @@ void pack_gates(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end
       const int64_t g = column / Shape::kBlock, unit = panel * Shape::kBlock + column % Shape::kBlock;
       const int64_t here = std::clamp<int64_t>(units - unit, 0, kW);
       const S* from = w + (g * units + unit) * K;
+      // The rows of a gate lie together, those of the next gate far from them: they are asked for in time.
+      const S* const next = g + 1 < kGates ? from + units * K : w + (unit + kW) * K;
       int64_t k = 0;  // in words
       for (; here == kW && (k + kW) * kDepth <= K; k += kW) {
         Vec<Word> square[kW];
 #pragma GCC unroll 16
         for (int j = 0; j < kW; ++j) square[j] = M::along(from + j * K + k * kDepth, AllLanes{});
+#pragma GCC unroll 16
+        for (int j = 0; kGates > 1 && j < kW; ++j) __builtin_prefetch(next + j * K + k * kDepth);
         transpose<Word>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < kW; ++i) store(to + (k + i) * Shape::kColumns + column, square[i]);
