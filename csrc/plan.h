@@ -44,6 +44,8 @@ constexpr bool worth_threads(int64_t multiply_adds) { return multiply_adds >= 30
 
 // Packing a weight costs about what this many rows cost that are multiplied with it.
 inline constexpr int64_t kRowsWorthPacking = 16;
+// Where the weight is, each of them reads a block of its rows anew, and long ones do not fit the nearest cache.
+constexpr int64_t rows_worth_packing(int64_t K) { return K > 512 ? kRowsWorthPacking / 2 : kRowsWorthPacking; }
 
 // Whether W_hh is packed before use, or read where it is.
 constexpr bool packs_recurrent(const CpuProblem& p) {
@@ -52,7 +54,7 @@ constexpr bool packs_recurrent(const CpuProblem& p) {
   constexpr int64_t kBytesOfKnownPages = 12 << 20, kStepsWorthPages = 4;
   const int64_t bytes = p.recurrent_weights() * (p.widens ? 2 : 4);
   if (p.pass == Pass::backward && bytes > kBytesOfKnownPages && p.T >= kStepsWorthPages) return true;
-  if (p.B > 1) return p.T * p.B >= kRowsWorthPacking;
+  if (p.B > 1) return p.T * p.B >= (p.pass == Pass::forward ? rows_worth_packing(p.P) : kRowsWorthPacking);
 
   // A single row reads a weight nearly as fast where it is. Packed weights are float: from rows of this length on, it
   // reads half as many bytes, where they are, in less time.
@@ -72,7 +74,7 @@ inline CpuPlan plan_layer(const CpuProblem& p) {
   // From here on the weights are read from cache often enough per step that reading them in every thread is free.
   constexpr int64_t kRowsPerThread = 4;
   const auto plan = [&](Split split, int64_t threads, const char* reason) {
-    const bool pack_input = p.T * p.B >= kRowsWorthPacking;
+    const bool pack_input = p.T * p.B >= rows_worth_packing(p.I);
     return CpuPlan{split, static_cast<int>(threads), reason, pack_input, packs_recurrent(p)};
   };
 

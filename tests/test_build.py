@@ -83,7 +83,8 @@ def test_plan_uses_no_more_threads_than_allowed_and_needed(sizes: tuple[int, ...
     "T, B, H, widens, packed", [(1, 1, 64, False, ""), (3, 5, 64, False, ""), (16, 1, 64, False, "ih"),
                                 (16, 2, 64, False, "ih hh"), (64, 1, 64, False, "ih hh"), (63, 1, 512, False, "ih"),
                                 (64, 1, 1024, False, "ih hh"), (100, 1, 1536, False, "ih"), (64, 1, 64, True, "ih hh"),
-                                (128, 1, 256, True, "ih"), (16, 2, 256, True, "ih hh"), (3, 5, 256, True, "")]
+                                (128, 1, 256, True, "ih"), (16, 2, 256, True, "ih hh"), (3, 5, 256, True, ""),
+                                (4, 2, 512, False, ""), (4, 2, 513, False, "ih hh")]
 )  # fmt: skip
 def test_plan_packs_what_serves_many_rows(T: int, B: int, H: int, widens: bool, packed: str) -> None:
     plan = _C.plan_cpu(T=T, B=B, I=H, H=H, P=H, gates=4, threads=2, widens=widens)
