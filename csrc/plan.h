@@ -39,8 +39,9 @@ struct CpuPlan {
   bool side_by_side = false;        // whether both layers run at once
 };
 
-// Starting a parallel region costs about what one thread does in 0.3 million multiply-adds.
-constexpr bool worth_threads(int64_t multiply_adds) { return multiply_adds >= 300'000; }
+// Starting a parallel region costs about what one thread does in 0.3 million multiply-adds; on a busy machine, a slice
+// of a core's time. Two threads gain it back with twice as many.
+constexpr bool worth_threads(int64_t multiply_adds) { return multiply_adds >= 600'000; }
 
 // Packing a weight costs about what this many rows cost that are multiplied with it.
 inline constexpr int64_t kRowsWorthPacking = 16;

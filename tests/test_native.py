@@ -21,11 +21,20 @@ def test_cells(isa, tmp_path):
     missing = NEEDED_CPU_FLAGS[isa] - set(CPU_FLAGS)
     if missing:
         pytest.skip(f"this CPU lacks {sorted(missing)}")
-    program = tmp_path / "cells_test"
+    compile_and_run("cells_test", tmp_path, *INSTRUCTION_SETS[isa])
+
+
+@pytest.mark.parametrize("sanitizer", ["none", "thread"])
+def test_team(sanitizer, tmp_path):
+    compile_and_run("team_test", tmp_path, "-pthread", *([] if sanitizer == "none" else ["-fsanitize=thread"]))
+
+
+def compile_and_run(name, tmp_path, *more_flags):
+    program = tmp_path / name
     compiler = os.environ.get("CXX", "g++").split()
-    source = ROOT / "tests/native/cells_test.cpp"
-    flags = ["-std=c++17", *OPTIMIZE, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *INSTRUCTION_SETS[isa]]
+    flags = ["-std=c++17", *OPTIMIZE, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *more_flags]
+    source = ROOT / "tests/native" / f"{name}.cpp"
     subprocess.run([*compiler, *flags, "-I", ROOT / "csrc", source, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     print(result.stdout)
-    assert result.returncode == 0, result.stdout
+    assert result.returncode == 0, result.stdout + result.stderr

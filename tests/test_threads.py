@@ -91,6 +91,22 @@ def test_calls_from_many_python_threads():
         assert_equal(result, expected[n % len(problems)])
 
 
+def test_on_a_busy_machine(torch_threads):
+    """Threads that wait for each other at every step and lose their cores: one goes on alone, with the same result."""
+    torch.set_num_threads(2)
+    problems = [problem(Case(cell, 50, 1, 24, 300, bidirectional=True)) for cell in CELLS]
+    expected = [compute() for compute in problems]
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        for _ in range(5):
+            for compute, right in zip(problems, expected, strict=True):
+                assert_equal(compute(), right)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 # As a worker of torch's DataLoader does: OpenMP's threads do not survive a fork, and torch's own kernels hang as well.
 def run_in_child(connection):
     torch.set_num_threads(1)

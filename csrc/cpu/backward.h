@@ -25,7 +25,7 @@ class Backward {
         plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>,
                         layers, kWidens<S>, Pass::backward})),
         panels_(Panel::panels(p.H)),
-        team_(plan_.threads) {}
+        team_(plan_.threads, p.B * Cell::kGates * p.H * p.P / plan_.threads) {}
 
   const CpuPlan& plan() const { return plan_; }
 
@@ -43,14 +43,20 @@ class Backward {
   // The shares [begin, end) of the plan's threads.
   void run_shares(int64_t begin, int64_t end) {
     if (plan_.split == Split::units) {
-      const Team::Range mine = team_.join({begin, end});
+      Team::Range mine = team_.join({begin, end});
       if (mine.begin == mine.end) return;
-      const int64_t n = plan_.threads;
-      run_part({0, p_.B, panels_ * mine.begin / n, panels_ * mine.end / n},
-               [&](int64_t step) { team_.barrier(mine.end - mine.begin, step); });
+      const auto part_of = [&](Team::Range shares) {
+        return Part{0, p_.B, panels_ * shares.begin / plan_.threads, panels_ * shares.end / plan_.threads};
+      };
+      run_part(part_of(mine), [&](int64_t step, Part& part) {
+        mine = team_.barrier(mine, step);
+        part = part_of(mine);
+        return mine.begin < mine.end;
+      });
     } else {
       for (int64_t i = begin; i < end; ++i) {
-        run_part({row_ends_[i], row_ends_[i + 1], 0, panels_, rows_.empty() ? nullptr : &rows_[i]}, [](int64_t) {});
+        run_part({row_ends_[i], row_ends_[i + 1], 0, panels_, rows_.empty() ? nullptr : &rows_[i]},
+                 [](int64_t, Part&) { return true; });
       }
     }
   }
@@ -94,8 +100,9 @@ class Backward {
     WholeRow* whole = nullptr;
   };
 
+  // barrier(step, part) returns whether the thread goes on, and gives its part.
   template <typename Barrier>
-  void run_part(const Part& part, const Barrier& barrier) const {
+  void run_part(Part part, const Barrier& barrier) const {
     // A row takes up the gradients of its final states at its last step: they are what is carried into it.
     set_columns(p_.d_h0, p_.d_h_n, p_.P, part, p_.w_hr ? Panel::panels(p_.P) : part.panel_end);
     for (int k = 0; k < Cell::kStates - 1; ++k) {
@@ -151,7 +158,7 @@ class Backward {
           });
         }
       }
-      barrier(p_.steps.T - s);
+      if (!barrier(p_.steps.T - s, part)) return;
       if (!p_.need_states) continue;
       // Rows that start here: their way through W_hh ends in h0.
       const int64_t h0_panel_end = p_.w_hr ? Panel::panels(p_.P) : part.panel_end;

@@ -33,7 +33,7 @@ class Forward {
                         kNormalises<Cell>, layers, kWidens<S>})),
         panels_(Gates::panels(p.H)),
         packs_own_panels_(plan_.split == Split::units || plan_.threads == 1),
-        team_(plan_.threads) {}
+        team_(plan_.threads, p.B * Cell::kGates * p.H * p.P / plan_.threads) {}
 
   // What comes before the threads share the work.
   void prepare() {
@@ -54,13 +54,18 @@ class Forward {
   // The shares [begin, end) of the plan's threads.
   void run_shares(int64_t begin, int64_t end) {
     if (plan_.split == Split::units) {
-      const Team::Range mine = p_.steps.T > 1 ? team_.join({begin, end}) : Team::Range{begin, end};
+      Team::Range mine = p_.steps.T > 1 ? team_.join({begin, end}) : Team::Range{begin, end};
       if (mine.begin == mine.end) return;
-      const int64_t n = plan_.threads, panel_begin = panels_ * mine.begin / n, panel_end = panels_ * mine.end / n;
-      run_lane(lanes_[0], mine.begin, panel_begin, panel_end,
-               [&](int64_t step) { team_.barrier(mine.end - mine.begin, step); });
+      const auto panels_of = [&](Team::Range shares) {
+        return Panels{panels_ * shares.begin / plan_.threads, panels_ * shares.end / plan_.threads};
+      };
+      run_lane(lanes_[0], mine.begin, panels_of(mine), [&](int64_t step, Panels& panels) {
+        mine = team_.barrier(mine, step);
+        panels = panels_of(mine);
+        return mine.begin < mine.end;
+      });
     } else {
-      for (int64_t i = begin; i < end; ++i) run_lane(lanes_[i], 0, 0, panels_, [](int64_t) {});
+      for (int64_t i = begin; i < end; ++i) run_lane(lanes_[i], 0, {0, panels_}, [](int64_t, Panels&) { return true; });
     }
   }
 
@@ -116,20 +121,24 @@ class Forward {
     }
   };
 
-  // The part of a lane that one thread does: panels [panel_begin, panel_end).
+  struct Panels {
+    int64_t begin, end;
+  };
+  std::pair<int64_t, int64_t> units_of(Panels panels) const {
+    return {std::min(p_.H, panels.begin * Gates::kBlock), std::min(p_.H, panels.end * Gates::kBlock)};
+  }
+
+  // The part of a lane that one thread does. barrier(step, panels) returns whether it goes on, and gives the panels.
   template <typename Barrier>
-  void run_lane(const Lane& lane, int64_t thread, int64_t panel_begin, int64_t panel_end,
-                const Barrier& barrier) const {
-    const std::pair<int64_t, int64_t> units(std::min(p_.H, panel_begin * Gates::kBlock),
-                                            std::min(p_.H, panel_end * Gates::kBlock));
+  void run_lane(const Lane& lane, int64_t thread, Panels panels, const Barrier& barrier) const {
     for (int k = 0; k < Cell::kStates - 1; ++k) {
       for (int64_t b = lane.begin; b < lane.end; ++b) {
         const int64_t row = k * p_.B + p_.steps.state(b);
-        copy_columns(p_.c0 + row * p_.H, p_.c_n + row * p_.H, units);
+        copy_columns(p_.c0 + row * p_.H, p_.c_n + row * p_.H, units_of(panels));
       }
     }
 
-    if (packs_own_panels_ && !hh_shares_place_) pack_recurrent(panel_begin, panel_end, panel_begin);
+    if (packs_own_panels_ && !hh_shares_place_) pack_recurrent(panels.begin, panels.end, panels.begin);
     const typename Lane::Own& own = lane.own[thread];
     int64_t done = 0;  // rows of the lane before this step
     Chunk chunk{};
@@ -143,7 +152,7 @@ class Forward {
           }
         }
         // A panel is used while it is hot from packing.
-        for (int64_t panel = panel_begin; p_.w_ih && panel < panel_end; ++panel) {
+        for (int64_t panel = panels.begin; p_.w_ih && panel < panels.end; ++panel) {
           const int64_t place = ih_shares_place_ ? thread : panel;
           if (packs_own_panels_ && s == 0) pack_input(panel, panel + 1, place);
           input_gates(panel, place, chunk);
@@ -153,9 +162,9 @@ class Forward {
       StepRow* const rows = own.rows.get();
       for (int64_t i = 0; i < count; ++i) rows[i] = step_row(s, lane.begin + i, in_chunk + i, own.wide_h.get(), i);
       const LaneStep at{s, chunk, rows, count};
-      for (int64_t i = 0; i < panel_end - panel_begin; ++i) {
+      for (int64_t i = 0; i < panels.end - panels.begin; ++i) {
         // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
-        const int64_t panel = s % 2 == 0 ? panel_begin + i : panel_end - 1 - i,
+        const int64_t panel = s % 2 == 0 ? panels.begin + i : panels.end - 1 - i,
                       place = hh_shares_place_ ? thread : panel;
         if (hh_shares_place_) pack_recurrent(panel, panel + 1, place);
         step(at, panel, place);
@@ -165,9 +174,9 @@ class Forward {
       }
       if (p_.w_hr) project(at);
       done += count;
-      if (s + 1 < p_.steps.T) barrier(s + 1);
+      if (s + 1 < p_.steps.T && !barrier(s + 1, panels)) return;
     }
-    copy_h_n(lane, p_.w_hr ? std::pair<int64_t, int64_t>(0, p_.P) : units);
+    copy_h_n(lane, p_.w_hr ? std::pair<int64_t, int64_t>(0, p_.P) : units_of(panels));
   }
 
   const S* input_row(int64_t s, int64_t b) const { return p_.input + p_.input_rows.offset(p_.steps, s, b); }

@@ -82,41 +82,55 @@ inline std::vector<int64_t> split_rows(const Steps& steps, int64_t B, int64_t pa
 }
 
 // `shares` pieces of work, each done by the thread that was handed it. A thread may hold several shares (a framework
-// may run all of them in one thread), so it counts with the weight of its shares.
+// may run all of them in one thread), so it counts with the weight of its shares. On a busy machine a thread may lose
+// its core for a slice of time, at every step again: whoever has waited too often for others goes on without them.
 class Team {
  public:
-  explicit Team(int64_t shares) : shares_(shares) {}
+  // work: multiply-adds of a share between two barriers.
+  Team(int64_t shares, int64_t work) : shares_(shares), patience_(kSlice / 8 + Time(work / kLeastPerNanosecond)) {}
 
-  // Waits until every share is in the hands of a running thread. If that does not happen in time (the framework runs
-  // the shares one after another, or its threads are held up), one thread takes all the shares.
-  // Returns the range of shares that this thread is to do: the one it came with, all, or none.
+  // The range of shares that a thread is to go on with: its own, all, or none.
   struct Range {
     int64_t begin, end;
   };
+
+  // Waits until every share is in the hands of a running thread, or in those of one that goes on with all: the
+  // framework runs the shares one after another, or its threads are held up.
   Range join(Range mine) {
     if (gathered_.fetch_add(mine.end - mine.begin) + mine.end - mine.begin == shares_) {
       int expected = kGathering;
       state_.compare_exchange_strong(expected, kRunning);
     }
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(20);
     for (Spin spin; state_.load(std::memory_order_acquire) == kGathering; spin.wait()) {
-      if (spin.long_wait() && std::chrono::steady_clock::now() > deadline) {
-        int expected = kGathering;
-        if (state_.compare_exchange_strong(expected, kAlone)) return {0, shares_};
-      }
+      if (!spin.longer_than(kSlice)) continue;
+      int expected = kGathering;
+      if (state_.compare_exchange_strong(expected, kAlone)) return {0, shares_};
     }
     return state_.load(std::memory_order_acquire) == kRunning ? mine : Range{0, 0};
   }
 
   // The n-th call of a thread (n = 1, 2, ...) returns when every share has been through its n-th call.
-  void barrier(int64_t weight, int64_t n) {
-    if (weight == shares_) return;
-    passed_.fetch_add(weight, std::memory_order_acq_rel);
-    for (Spin spin; passed_.load(std::memory_order_acquire) < n * shares_; spin.wait()) {
+  Range barrier(Range mine, int64_t n) {
+    const int64_t weight = mine.end - mine.begin;
+    if (weight == shares_) return mine;
+    if (passed_.fetch_add(weight, std::memory_order_acq_rel) + weight == n * shares_) {
+      released_.store(2 * n + (successor_.load(std::memory_order_relaxed) != kNobody), std::memory_order_release);
     }
+    Spin spin;
+    while (released_.load(std::memory_order_acquire) < 2 * n) spin.wait();
+    if (spin.longer_than(patience_) && long_waits_.fetch_add(1) + 2 >= shares_) {  // so many cost what going alone does
+      int64_t nobody = kNobody;
+      successor_.compare_exchange_strong(nobody, mine.begin);  // from the next barrier on
+    }
+    if (released_.load(std::memory_order_relaxed) == 2 * n) return mine;
+    return successor_.load(std::memory_order_relaxed) == mine.begin ? Range{0, shares_} : Range{0, 0};
   }
 
  private:
+  using Time = std::chrono::nanoseconds;
+  static constexpr Time kSlice = std::chrono::milliseconds(2);  // of a core's time, on a busy machine
+  static constexpr int64_t kLeastPerNanosecond = 5;             // multiply-adds, by far
+
   // Spins while the others are about to arrive, then gives the core away: they may be waiting for it.
   class Spin {
    public:
@@ -126,21 +140,28 @@ class Team {
         _mm_pause();
 #endif
       } else {
+        if (spins_ == kSpins) since_ = std::chrono::steady_clock::now();
         std::this_thread::yield();
       }
     }
-    bool long_wait() const { return spins_ >= kSpins; }
+    bool longer_than(Time time) const { return spins_ >= kSpins && std::chrono::steady_clock::now() - since_ > time; }
 
    private:
     static constexpr int kSpins = 4000;  // some 40 us
     int spins_ = 0;
+    std::chrono::steady_clock::time_point since_;
   };
 
   enum State { kGathering, kRunning, kAlone };
+  static constexpr int64_t kNobody = -1;
   const int64_t shares_;
+  const Time patience_;  // what threads that have a core each do not wait for each other
   alignas(64) std::atomic<int64_t> gathered_{0};
   std::atomic<int> state_{kGathering};
+  std::atomic<int64_t> long_waits_{0};
+  std::atomic<int64_t> successor_{kNobody};  // the first share of the thread that is to go on alone
   alignas(64) std::atomic<int64_t> passed_{0};
+  std::atomic<int64_t> released_{0};  // 2 n after the n-th calls of all; odd if only the successor goes on
 };
 
 // Runs passes that do not wait for each other: side by side, each with its part of the threads, or one after the other,

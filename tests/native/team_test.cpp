@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What a team does when one of its threads is held up. The barrier alone, of threads that the test makes.
+#include "cpu/team.h"
+
+#include <chrono>
+#include <cstdio>
+#include <functional>
+#include <thread>
+#include <vector>
+
+using fastrnn::Team;
+
+namespace {
+
+constexpr int64_t kSteps = 200;
+
+// Runs the threads [0, threads) over all steps; before each one wait(thread, step, shares) may hold it up. Returns how
+// often each share was done, [steps][threads].
+std::vector<std::vector<int>> run(int64_t threads, const std::function<void(int64_t, int64_t, int64_t)>& wait) {
+  std::vector<std::vector<int>> done(kSteps, std::vector<int>(threads, 0));
+  Team team(threads, 0);
+  std::vector<std::thread> running;
+  for (int64_t i = 0; i < threads; ++i) {
+    running.emplace_back([&, i] {
+      Team::Range mine = team.join({i, i + 1});
+      for (int64_t step = 0; step < kSteps && mine.begin < mine.end; ++step) {
+        wait(i, step, mine.end - mine.begin);
+        for (int64_t share = mine.begin; share < mine.end; ++share) ++done[step][share];
+        mine = team.barrier(mine, step + 1);
+      }
+    });
+  }
+  for (std::thread& thread : running) thread.join();
+  return done;
+}
+
+int check(const char* name, const std::vector<std::vector<int>>& done) {
+  for (size_t step = 0; step < done.size(); ++step) {
+    for (size_t share = 0; share < done[step].size(); ++share) {
+      if (done[step][share] == 1) continue;
+      std::printf("%s: share %zu of step %zu was done %d times\n", name, share, step, done[step][share]);
+      return 1;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main() {
+  using namespace std::chrono_literals;
+  int failures = 0;
+  for (const int64_t threads : {1, 2, 3, 5}) {
+    failures += check("all in time", run(threads, [](int64_t, int64_t, int64_t) {}));
+    int64_t held_up = 0;
+    failures += check("one is held up at every step", run(threads, [&](int64_t thread, int64_t, int64_t shares) {
+                        if (thread != threads - 1) return;
+                        held_up += shares < threads;  // alone, it keeps nobody waiting
+                        std::this_thread::sleep_for(2ms);
+                      }));
+    // The others wait long for it in at most threads - 1 steps, each of them in every one; one more step hands over.
+    if (threads > 1 && held_up > threads + 1) {
+      std::printf("%d threads: one was waited for %d times\n", static_cast<int>(threads), static_cast<int>(held_up));
+      ++failures;
+    }
+    failures += check("in turns", run(threads, [&](int64_t thread, int64_t step, int64_t) {
+                        if (step % threads == thread) std::this_thread::sleep_for(1ms);
+                      }));
+  }
+  return failures > 0;
+}
