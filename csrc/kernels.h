@@ -113,6 +113,8 @@ const scalar_t* h_before(const Steps& steps, const uint8_t* reset, const scalar_
 struct Half {
   uint16_t bits;
 };
+template <>
+inline constexpr Rounding kRounding<Half> = kRoundingOfHalf;
 struct Bf16 {
   uint16_t bits;
 };

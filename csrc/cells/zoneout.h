@@ -13,6 +13,16 @@ FASTRNN_HD T zoned(T share, T prev, T next) {
   return share * prev + (1.0f - share) * next;  // exact for 0 and 1
 }
 
+// What storing a value rounds off, at most: a share of it, and for the smallest ones this much.
+struct Rounding {
+  double share, least;
+};
+template <typename Storage>
+inline constexpr Rounding kRounding = sizeof(Storage) == 8   ? Rounding{0x1p-51, 0}
+                                      : sizeof(Storage) == 4 ? Rounding{0x1p-22, 0}
+                                                             : Rounding{0x1.01p-8, 0};  // bfloat16
+inline constexpr Rounding kRoundingOfHalf = {0x1.01p-11, 0x1p-25};
+
 // The gradients of zoned(), and what backward of the cell asks for: its states as the cell made them. To be made before
 // it: what is zoned passes the rest of the gradient to it. Storage: what the states are rounded to.
 template <class Cell, typename T, typename Storage = typename ValueTraits<T>::Scalar>
@@ -32,10 +42,11 @@ struct ZoneBackward {
     }
     // A share of 1 leaves nothing to restore it from, and no gradient that would ask for it. What rounding leaves of 0
     // is 0 again: relu asks for the sign.
-    constexpr double kRounding = sizeof(Storage) == 8 ? 0x1p-51 : sizeof(Storage) == 4 ? 0x1p-22 : 0x1.01p-8;
+    using Scalar = typename ValueTraits<T>::Scalar;
+    constexpr Scalar kShare = kRounding<Storage>.share, kLeast = kRounding<Storage>.least;
     const T rest = share < 1.0f ? 1.0f - share : broadcast<T>(1.0f);
     const T past = share * prev[k], made = next[k] - past;
-    const T noise = (past < 0.0f ? -past : past) * static_cast<typename ValueTraits<T>::Scalar>(kRounding);
+    const T noise = (past < 0.0f ? -past : past) * kShare + kLeast;
     const T cleaned = (made <= noise) & (made >= -noise) ? T{} : made;
     next[k] = share < 1.0f ? cleaned / rest : next[k];
   }

@@ -9,7 +9,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../cells/zoneout.h"
+
 namespace fastrnn {
+
+template <>
+inline constexpr Rounding kRounding<__half> = kRoundingOfHalf;
 
 template <typename acc_t, typename scalar_t>
 __device__ __forceinline__ acc_t to_acc(scalar_t value) {
