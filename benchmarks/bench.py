@@ -23,7 +23,7 @@ try:
     import torch
     from cases import CELLS, DTYPES, MODES, Case, Problem, Shape
     from contenders import BASELINES, make_call, missing_packages, serves
-    from machine import Conditions, floor_ms, load_of_others
+    from machine import Conditions, busy_processes, floor_ms, load_of_others
     from measure import Clock, CudaClock, HostClock, as_cuda_graph, cuda_kernels, interleave, peak_mib
     from plots import plot_ratios
     from report import FormatError, Row, append_csv, markdown, print_tables, read_csv
@@ -139,6 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = timing.add_argument
     add("--budget", type=float, metavar="S", help="seconds per contender and case")
     add("--time-limit", type=float, metavar="S", help="start no case after it (default: suite short 120, gpu 540)")
+    add("--busy", type=int, default=0, metavar="N", help="measure beside N processes that each want a core")
     add("--limit", action=argparse.BooleanOptionalAction, help="measure the machine's peaks, show the share of them")
     add("--steps", type=int, default=char_lm.STEPS, metavar="N", help="of the language model (default: %(default)s)")
     add("--control", action="store_true", help="language model: torch.nn with weights one ulp off in fastrnn's place")
@@ -171,8 +172,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.plot = arguments.plot or arguments.csv.with_suffix(".png")
     if arguments.task is None:
         arguments.task = "all" if arguments.suite == "short" else "sweep"
-    if min(arguments.threads) < 0 or arguments.steps < char_lm.WINDOW or arguments.budget < 0:
-        parser.error(f"expected --threads >= 0, --budget >= 0 and --steps >= {char_lm.WINDOW}")
+    if min(*arguments.threads, arguments.busy) < 0 or arguments.steps < char_lm.WINDOW or arguments.budget < 0:
+        parser.error(f"expected --threads, --budget and --busy >= 0 and --steps >= {char_lm.WINDOW}")
     arguments.threads = [n or torch.get_num_threads() for n in arguments.threads]
     try:
         arguments.shapes = [Shape.parse(text) for text in arguments.shapes]
@@ -238,7 +239,7 @@ def measure(case: Case, arguments: argparse.Namespace, conditions: Conditions) -
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     clock: Clock = CudaClock(case.graph) if case.device == "cuda" else HostClock(case.threads)
     baselines = [name for name in arguments.baselines if serves(name, case)]
-    notes, memory = dict.fromkeys(baselines, ""), {}
+    notes, memory = dict.fromkeys(baselines, f"beside {arguments.busy} busy processes" if arguments.busy else ""), {}
     try:
         problem = Problem(case)
         call = make_call(problem, "fastrnn")
@@ -262,7 +263,8 @@ def measure(case: Case, arguments: argparse.Namespace, conditions: Conditions) -
         if difference:
             raise CaseError(f"fastrnn and {baseline} disagree: {difference}")
     del ours
-    timings = interleave(calls, clock, arguments.budget)
+    with busy_processes(arguments.busy):
+        timings = interleave(calls, clock, arguments.budget)
     return [
         Row(
             conditions=conditions,
