@@ -24,6 +24,10 @@ def test_cells(isa, tmp_path):
     compile_and_run("cells_test", tmp_path, *INSTRUCTION_SETS[isa])
 
 
+def test_scratch(tmp_path):
+    compile_and_run("scratch_test", tmp_path)
+
+
 @pytest.mark.parametrize("sanitizer", ["none", "thread"])
 def test_team(sanitizer, tmp_path):
     compile_and_run("team_test", tmp_path, "-pthread", *([] if sanitizer == "none" else ["-fsanitize=thread"]))

@@ -83,6 +83,7 @@ FASTRNN_HD ExpParts<T> exp_parts(T x) {
   return {bit_cast<T>((exponent + 127) << 23), m};
 }
 
+// x - 0 is x; x + 0 is not where x is -0, and would be computed.
 template <typename T>
 FASTRNN_HD T broadcast(typename ValueTraits<T>::Scalar value) {
   return value - T{};
@@ -181,5 +182,4 @@ template <typename T>
 FASTRNN_HD T tanh_grad(T y) {
   return 1.0f - y * y;
 }
-
 }  // namespace fastrnn
