@@ -94,26 +94,20 @@ struct Arguments {
   MaybeTensor batch_sizes;
   bool reverse;
   ControlArguments controls;
+  MaybeTensor packed = std::nullopt;  // the weights as a path packs them
 
   void check_all(const CellFacts& cell) const {
     const int gates = cell.gates;
-    const ScalarType dtype = input.scalar_type();
-    check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-              dtype == ScalarType::BFloat16,
-          op, ": expected input of dtype float16, bfloat16, float32 or float64, got ", dtype_name(dtype));
+    check_dtype("input", input.scalar_type());
     const int64_t dims = batch_sizes ? 2 : 3;
     check(input.dim() == dims, op, ": expected input of ", dims, " dimensions ", batch_sizes ? "(packed)" : "(T, B, I)",
           ", got shape ", shape_of(input));
-    check(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(0) % gates == 0 && w_hh.size(1) > 0, op,
-          ": expected w_hh of shape [", gates, "*H, ", w_hr ? "P" : "H", "], got ", shape_of(w_hh));
+    check_recurrent(gates);
     const int64_t G_H = w_hh.size(0), H = G_H / gates, width = input.size(dims - 1);
     int64_t P = w_hh.size(1);  // of three tensors that hold it, two that agree are right
     if (w_hr && w_hr->dim() == 2 && h0.dim() == 2 && w_hr->size(0) == h0.size(1)) P = h0.size(1);
-    expect("w_hh", w_hh, {G_H, w_hr ? P : H});
-    if (w_hr) expect("w_hr", *w_hr, {P, H});
-    if (w_ih) {
-      expect("w_ih", *w_ih, {G_H, width});
-    } else {
+    check_weights(gates, width, P);
+    if (!w_ih) {
       check(width == G_H, op, ": expected input to hold x_gates of width ", G_H, " where w_ih is None, got ",
             shape_of(input));
       check(!b_ih, op, ": expected b_ih to be None where w_ih is None, got a tensor");
@@ -132,6 +126,22 @@ struct Arguments {
           cell.parameters > 0 ? "a tensor, got None" : "None, got a tensor");
     if (w_cell) expect("w_cell", *w_cell, {cell.parameters * H});
     if (controls.any()) check_controls(cell, B, H, P);
+  }
+
+  void check_dtype(const char* name, ScalarType dtype) const {
+    check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+              dtype == ScalarType::BFloat16,
+          op, ": expected ", name, " of dtype float16, bfloat16, float32 or float64, got ", dtype_name(dtype));
+  }
+  void check_recurrent(int gates) const {
+    check(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(0) % gates == 0 && w_hh.size(1) > 0, op,
+          ": expected w_hh of shape [", gates, "*H, ", w_hr ? "P" : "H", "], got ", shape_of(w_hh));
+  }
+  void check_weights(int gates, int64_t I, int64_t P) const {
+    const int64_t G_H = w_hh.size(0), H = G_H / gates;
+    expect("w_hh", w_hh, {G_H, w_hr ? P : H});
+    if (w_hr) expect("w_hr", *w_hr, {P, H});
+    if (w_ih) expect("w_ih", *w_ih, {G_H, I});
   }
 
   void check_controls(const CellFacts& cell, int64_t B, int64_t H, int64_t P) const {

@@ -38,6 +38,28 @@ struct CpuPath {
   // Sequences of different lengths run in the order of their lengths.
   static constexpr bool kSorts = true;
 
+  // The weights of a layer in the form that forward reads, which saves it the work.
+  static constexpr bool kPacks = true;
+  static Tensor pack(const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& w_hr) {
+    const ScalarType t = compute(w_hh.scalar_type());
+    const auto prepare = [&](const MaybeTensor& w) { return w ? MaybeTensor(dense(to_dtype(*w, t))) : std::nullopt; };
+    const MaybeTensor ih = prepare(w_ih), hh = prepare(w_hh), hr = prepare(w_hr);
+    MaybeTensor packed;
+    dispatch_storage(t, [&](auto zero) {
+      const auto weights = weights_of<decltype(zero)>(ih, *hh, hr);
+      packed = empty(w_hh, {pack_weights_cpu<Cell>(weights, nullptr)}, ScalarType::Byte);
+      pack_weights_cpu<Cell>(weights, out<char>(packed));
+    });
+    return *packed;
+  }
+  static int64_t packed_bytes(const Layer& l) {
+    int64_t bytes = 0;
+    dispatch_storage(compute(l.storage), [&](auto zero) {
+      bytes = pack_weights_cpu<Cell>(weights_of<decltype(zero)>(l.w_ih, l.w_hh, l.w_hr), nullptr);
+    });
+    return bytes;
+  }
+
   // Whether two layers can run at once, and whether that pays for these.
   static constexpr bool kRunsBoth = true;
   static bool runs_both(const Layer& a, const Layer& b) {
@@ -289,8 +311,8 @@ struct CpuPath {
 
   // What the second product of a step multiplies with: the projection, or the rows of the last gate.
   template <typename S>
-  static const S* second_weight(const Layer& l) {
-    return kTwoProducts ? in<S>(l.w_hh) + Cell<float>::kGates * l.H * l.H : in<S>(l.w_hr);
+  static const S* second_weight(const Tensor& w_hh, const MaybeTensor& w_hr) {
+    return kTwoProducts ? in<S>(w_hh) + Cell<float>::kGates * w_hh.size(1) * w_hh.size(1) : in<S>(w_hr);
   }
 
   // Calls f with a value of the type that the kernels read.
@@ -306,22 +328,30 @@ struct CpuPath {
     dispatch_compute(t, f);
   }
 
+  template <typename S>
+  static SequenceForward<S> weights_of(const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& w_hr) {
+    SequenceForward<S> p{};
+    p.I = w_ih ? w_ih->size(1) : 0;
+    p.H = w_hh.size(0) / (Cell<float>::kGates + kTwoProducts);
+    p.P = w_hh.size(1);
+    p.w_ih = in<S>(w_ih);
+    p.w_hh = in<S>(w_hh);
+    p.w_hr = second_weight<S>(w_hh, w_hr);
+    return p;
+  }
+
   template <typename S, typename T = typename TypesOf<S>::acc_t>
   static SequenceForward<S> parameters(const Layer& l, const ForwardResult& r, const Wide& wide) {
-    SequenceForward<S> p{};
+    SequenceForward<S> p = weights_of<S>(l.w_ih, l.w_hh, l.w_hr);
     p.B = l.B;
     p.I = l.I;
-    p.H = l.H;
-    p.P = l.P;
     p.N = l.N;
     p.steps = l.steps;
     p.input = in<S>(l.input);
     p.input_rows = l.input_rows();
-    p.w_ih = in<S>(l.w_ih);
-    p.w_hh = in<S>(l.w_hh);
+    p.packed = in<void>(l.packed);
     p.b_ih = in<T>(wide.b_ih);
     p.b_hh = in<T>(wide.b_hh);
-    p.w_hr = second_weight<S>(l);
     p.w_cell = in<T>(wide.w_cell);
     p.h0 = in<S>(l.h0);
     p.c0 = in<T>(wide.c0);
@@ -347,7 +377,7 @@ struct CpuPath {
     p.N = l.N;
     p.steps = l.steps;
     p.w_hh = in<S>(l.w_hh);
-    p.w_hr = second_weight<S>(l);
+    p.w_hr = second_weight<S>(l.w_hh, l.w_hr);
     p.w_cell = in<T>(wide.w_cell);
     p.h0 = in<S>(l.h0);
     p.c0 = in<T>(wide.c0);

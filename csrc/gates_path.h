@@ -99,6 +99,9 @@ struct GatesPath {
   // Whether two layers can run at once.
   static constexpr bool kRunsBoth = false;
 
+  // Whether weights can be packed before a call.
+  static constexpr bool kPacks = false;
+
   // The controls of the rows [begin, ...) of the s-th step.
   template <typename T>
   static StepControls<T> controls(const Layer& l, int64_t s, int64_t begin) {

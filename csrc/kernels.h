@@ -158,6 +158,7 @@ struct SequenceForward {
   const acc_t* b_ih;     // [G*H] or null
   const acc_t* b_hh;     // [G*H] or null
   const scalar_t* w_hr;  // [P, H] or null: no projection, P == H. Of a cell that resets before: what r h meets
+  const void* packed;    // the three weights as pack_weights_cpu packs them, or null
   const acc_t* w_cell;   // [kParameters*H] or null
   const scalar_t* h0;    // [B, P]
   const acc_t* c0;       // [C, B, H]  the C = kStates - 1 states beside h; null for cells without
@@ -233,6 +234,10 @@ void weight_gradient_cpu(const WeightGradient<scalar_t>&, const ThreadPool&);
 // One layer, or two of the same sizes that do not wait for each other.
 template <template <typename> class Cell, typename scalar_t>
 void sequence_forward_cpu(const SequenceForward<scalar_t>* layers, int count, const ThreadPool&);
+// Packs w_ih, w_hh and w_hr of [G*H, I], [G*H, P] and [P, H], those that are there, into `block`, if it is not null.
+// Returns the bytes that they take. Their form belongs to the processor: it is not to be stored.
+template <template <typename> class Cell, typename scalar_t>
+int64_t pack_weights_cpu(const SequenceForward<scalar_t>&, void* block);
 template <template <typename> class Cell, typename scalar_t>
 void sequence_backward_cpu(const SequenceBackward<scalar_t>* layers, int count, const ThreadPool&);
 

@@ -42,7 +42,7 @@ struct Layer {
   Tensor input;  // last dimension contiguous
   MaybeTensor w_ih;
   Tensor w_hh;
-  MaybeTensor b_ih, b_hh, w_hr, w_cell;
+  MaybeTensor b_ih, b_hh, w_hr, w_cell, packed;
   Tensor h0;
   MaybeTensor c0;
   MaybeTensor lengths, reset, h_mask, zone_h, zone_c;
@@ -91,6 +91,7 @@ struct Layer {
     b_hh = prepare(a.b_hh);
     w_hr = prepare(a.w_hr);
     w_cell = prepare(a.w_cell);
+    packed = a.packed;
     h0 = *prepare(a.h0);
     c0 = prepare(a.c0);
   }

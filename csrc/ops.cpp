@@ -8,6 +8,10 @@
 //
 // An operator _*_both runs two layers that do not wait for each other, the directions of a bidirectional one: its
 // arguments and its results are those of one layer, then those of the other.
+//
+// Where a path can pack the weights of a layer before its calls, an operator _*_pack does so, and _*_packed takes what
+// it made in the place of save: the layer without what backward needs. They are for fastrnn/packing.py, which knows
+// when weights have changed.
 #include <array>
 #include <string>
 #include <tuple>
@@ -38,6 +42,13 @@ constexpr const char* kName = nullptr;
 #define FASTRNN_NAME(name, Cell) \
   template <>                    \
   constexpr const char* kName<Cell> = "fastrnn::" #name "_layer";
+FASTRNN_FOR_EACH_CELL(FASTRNN_NAME)
+#undef FASTRNN_NAME
+template <template <typename> class Cell>
+constexpr const char* kPackName = nullptr;
+#define FASTRNN_NAME(name, Cell) \
+  template <>                    \
+  constexpr const char* kPackName<Cell> = "fastrnn::_" #name "_layer_pack";
 FASTRNN_FOR_EACH_CELL(FASTRNN_NAME)
 #undef FASTRNN_NAME
 
@@ -75,6 +86,15 @@ struct Operator {
   static ForwardResult run(const ForwardCall& call) { return run(layer_of(call.arguments), call); }
   static Gradients run(const BackwardCall& call) { return run(layer_of(call.arguments), call); }
 
+  static Tensor pack(const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& w_hr) {
+    // The weight in the place of the input: what they are compared with.
+    const Arguments a{kPackName<Cell>, w_hh, w_ih, w_hh, {}, {}, w_hr, {}, w_hh, {}, {}, false, {}};
+    a.check_dtype("w_hh", w_hh.scalar_type());
+    a.check_recurrent(kFacts<Cell>.gates);
+    a.check_weights(kFacts<Cell>.gates, w_ih && w_ih->dim() == 2 ? w_ih->size(1) : 0, w_hh.size(1));
+    return P::pack(w_ih, w_hh, w_hr);
+  }
+
   // Two layers that do not wait for each other: together where the path has a way to do so that pays.
   template <typename Call>
   static auto run_both(const Call& call_a, const Call& call_b) {
@@ -91,7 +111,18 @@ struct Operator {
     return Layer(a, kFacts<Cell>.gates, P::compute(a.input.scalar_type()), P::kSorts);
   }
 
+  static void check_packed(const Layer& layer, const Arguments& a) {
+    if constexpr (P::kPacks) {
+      if (!a.packed) return;
+      const int64_t bytes = P::packed_bytes(layer);
+      a.expect_shape("packed", *a.packed, {bytes});
+      a.expect_dtype("packed", *a.packed, ScalarType::Byte);
+      a.expect_device("packed", *a.packed);
+    }
+  }
+
   static ForwardResult run(const Layer& layer, const ForwardCall& call) {
+    check_packed(layer, call.arguments);
     return stored(P::forward(layer, call.save, call.return_cells), call);
   }
   static Gradients run(const Layer& layer, const BackwardCall& call) {
@@ -100,6 +131,8 @@ struct Operator {
 
   static std::array<ForwardResult, 2> run_together(const Layer& layer_a, const Layer& layer_b, const ForwardCall& a,
                                                    const ForwardCall& b) {
+    check_packed(layer_a, a.arguments);
+    check_packed(layer_b, b.arguments);
     const auto [of_a, of_b] = P::forward_both(layer_a, layer_b, a.save, a.return_cells);
     return {stored(of_a, a), stored(of_b, b)};
   }
@@ -154,6 +187,11 @@ struct Operator {
 
 // What torch hands over and takes back. Cells with the state h alone, then those with h and c.
 
+inline ForwardCall with_packed(ForwardCall call, const Tensor& packed) {
+  call.arguments.packed = packed;
+  return call;
+}
+
 template <template <typename> class Cell>
 ForwardCall h_forward(const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
                       const MaybeTensor& b_hh, const MaybeTensor& w_cell, const Tensor& h0,
@@ -175,6 +213,17 @@ ForwardCall h_forward(const Tensor& input, const MaybeTensor& w_ih, const Tensor
            {lengths, reset, h_mask, zone_h, std::nullopt, grad_clip}},
           save,
           false};
+}
+
+template <template <typename> class Cell>
+ForwardCall h_forward_packed(const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
+                             const MaybeTensor& b_hh, const MaybeTensor& w_cell, const Tensor& h0,
+                             const MaybeTensor& batch_sizes, bool reverse, const Tensor& packed,
+                             const MaybeTensor& lengths, const MaybeTensor& reset, const MaybeTensor& h_mask,
+                             const MaybeTensor& zone_h, double grad_clip) {
+  return with_packed(h_forward<Cell>(input, w_ih, w_hh, b_ih, b_hh, w_cell, h0, batch_sizes, reverse, false, lengths,
+                                     reset, h_mask, zone_h, grad_clip),
+                     packed);
 }
 
 template <template <typename> class Cell>
@@ -231,6 +280,18 @@ ForwardCall c_forward(const Tensor& input, const MaybeTensor& w_ih, const Tensor
            {lengths, reset, h_mask, zone_h, zone_c, grad_clip}},
           save,
           return_cells};
+}
+
+template <template <typename> class Cell>
+ForwardCall c_forward_packed(const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
+                             const MaybeTensor& b_hh, const MaybeTensor& w_hr, const MaybeTensor& w_cell,
+                             const Tensor& h0, const Tensor& c0, const MaybeTensor& batch_sizes, bool reverse,
+                             const Tensor& packed, const MaybeTensor& lengths, const MaybeTensor& reset,
+                             const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip,
+                             const MaybeTensor& zone_c, bool return_cells) {
+  return with_packed(c_forward<Cell>(input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes, reverse, false,
+                                     lengths, reset, h_mask, zone_h, grad_clip, zone_c, return_cells),
+                     packed);
 }
 
 template <template <typename> class Cell>
@@ -306,6 +367,9 @@ std::string twice(const std::string& list) {
   return both;
 }
 
+// The operator that runs two layers.
+std::string both_of(const std::string& op) { return (op[0] == '_' ? "" : "_") + op + "_both"; }
+
 template <template <typename> class Cell>
 void define(Library& m, const std::string& name) {
   const bool has_c = Cell<float>::kStates > 1;
@@ -327,9 +391,11 @@ void define(Library& m, const std::string& name) {
              : "Tensor grad_w_cell, Tensor grad_h0");
   const auto def = [&](const std::string& op, const std::string& arguments, const std::string& returns) {
     m.def((op + "(" + arguments + ") -> (" + returns + ")").c_str());
-    m.def(("_" + op + "_both(" + twice(arguments) + ") -> (" + twice(returns) + ")").c_str());
+    m.def((both_of(op) + "(" + twice(arguments) + ") -> (" + twice(returns) + ")").c_str());
   };
   def(name + "_layer", floats + "bool save, " + controls, results + saved);
+  def("_" + name + "_layer_packed", floats + "Tensor packed, " + controls, results + saved);
+  m.def(("_" + name + "_layer_pack(Tensor? w_ih, Tensor w_hh, Tensor? w_hr) -> Tensor").c_str());
   def(name + "_layer_backward",
       std::string("Tensor? grad_output, Tensor? grad_h_n, ") + (has_c ? "Tensor? grad_c_n, Tensor? grad_cells, " : "") +
           floats + "Tensor output, " + saved + ", bool need_input, bool need_weights, bool need_states, " + controls,
@@ -341,18 +407,28 @@ void implement(Library& m, const std::string& name) {
   using Run = Operator<Cell, Path>;
   const auto impl = [&](const std::string& op, auto one, auto both) {
     m.impl(op.c_str(), one);
-    m.impl(("_" + op + "_both").c_str(), both);
+    m.impl(both_of(op).c_str(), both);
   };
   if constexpr (Cell<float>::kStates == 1) {
     using Forward = Entry<Run, HResults, &h_forward<Cell>>;
+    using Packed = Entry<Run, HResults, &h_forward_packed<Cell>>;
     using Backward = Entry<Run, HResults, &h_backward<Cell>>;
     impl(name + "_layer", TORCH_BOX(&Forward::one), TORCH_BOX(&Forward::both));
     impl(name + "_layer_backward", TORCH_BOX(&Backward::one), TORCH_BOX(&Backward::both));
+    if constexpr (Path<Cell>::kPacks) {
+      impl("_" + name + "_layer_packed", TORCH_BOX(&Packed::one), TORCH_BOX(&Packed::both));
+      m.impl(("_" + name + "_layer_pack").c_str(), TORCH_BOX(&Run::pack));
+    }
   } else {
     using Forward = Entry<Run, CResults, &c_forward<Cell>>;
+    using Packed = Entry<Run, CResults, &c_forward_packed<Cell>>;
     using Backward = Entry<Run, CResults, &c_backward<Cell>>;
     impl(name + "_layer", TORCH_BOX(&Forward::one), TORCH_BOX(&Forward::both));
     impl(name + "_layer_backward", TORCH_BOX(&Backward::one), TORCH_BOX(&Backward::both));
+    if constexpr (Path<Cell>::kPacks) {
+      impl("_" + name + "_layer_packed", TORCH_BOX(&Packed::one), TORCH_BOX(&Packed::both));
+      m.impl(("_" + name + "_layer_pack").c_str(), TORCH_BOX(&Run::pack));
+    }
   }
 }
 

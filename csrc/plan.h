@@ -26,6 +26,7 @@ struct CpuProblem {
   int layers = 1;             // 1, or 2 of these sizes that do not wait for each other
   bool widens = false;        // weights are of 16 bits, which products read as float
   Pass pass = Pass::forward;
+  bool packed = false;  // the weights are there packed as well
 
   constexpr int64_t recurrent_weights() const { return gates * H * P + (P != H || two_products ? P * H : 0); }
   constexpr int64_t multiply_adds() const { return T * B * (recurrent_weights() + gates * H * I); }  // of a layer
@@ -48,6 +49,18 @@ inline constexpr int64_t kRowsWorthPacking = 16;
 // Where the weight is, each of them reads a block of its rows anew, and long ones do not fit the nearest cache.
 constexpr int64_t rows_worth_packing(int64_t K) { return K > 512 ? kRowsWorthPacking / 2 : kRowsWorthPacking; }
 
+// Packed weights are float: from rows of this length on, a single row reads 16-bit ones, half as many bytes, in less
+// time where they are.
+inline constexpr int64_t kRowWorthWidening = 192;
+// Rows that no cache holds a single one reads sooner where they are: memory answers many streams faster than one.
+inline constexpr int64_t kWeightsInLastCache = 6 << 20;
+
+constexpr bool packs_input(const CpuProblem& p) {
+  if (!p.packed) return p.T * p.B >= rows_worth_packing(p.I);
+  if (p.T * p.B > 1) return true;
+  return !(p.widens && p.I >= kRowWorthWidening) && p.gates * p.H * p.I <= kWeightsInLastCache;
+}
+
 // Whether W_hh is packed before use, or read where it is.
 constexpr bool packs_recurrent(const CpuProblem& p) {
   // Backward reads W_hh by panels of columns, each from all rows. Where their pages are more than the 3072 of 4 KB that
@@ -55,18 +68,16 @@ constexpr bool packs_recurrent(const CpuProblem& p) {
   constexpr int64_t kBytesOfKnownPages = 12 << 20, kStepsWorthPages = 4;
   const int64_t bytes = p.recurrent_weights() * (p.widens ? 2 : 4);
   if (p.pass == Pass::backward && bytes > kBytesOfKnownPages && p.T >= kStepsWorthPages) return true;
-  if (p.B > 1) return p.T * p.B >= (p.pass == Pass::forward ? rows_worth_packing(p.P) : kRowsWorthPacking);
+  if (p.B > 1) {
+    return p.packed || p.T * p.B >= (p.pass == Pass::forward ? rows_worth_packing(p.P) : kRowsWorthPacking);
+  }
 
-  // A single row reads a weight nearly as fast where it is. Packed weights are float: from rows of this length on, it
-  // reads half as many bytes, where they are, in less time.
-  constexpr int64_t kRowWorthWidening = 192;
+  // A single row reads a weight nearly as fast where it is.
   if (p.widens && p.P >= kRowWorthWidening) return false;
   // Columns are read as fast where they are as long as the second cache holds them.
   constexpr int64_t kWeightsInSecondCache = 1 << 18;
   if (p.pass == Pass::backward) return p.T >= 24 && p.recurrent_weights() > kWeightsInSecondCache;
-  // Rows that no cache holds are read sooner where they are: memory answers many streams faster than one.
-  constexpr int64_t kWeightsInLastCache = 6 << 20;
-  return p.T >= 64 && p.recurrent_weights() <= kWeightsInLastCache;
+  return (p.packed || p.T >= 64) && p.recurrent_weights() <= kWeightsInLastCache;
 }
 
 inline CpuPlan plan_layer(const CpuProblem& p) {
@@ -75,8 +86,7 @@ inline CpuPlan plan_layer(const CpuProblem& p) {
   // From here on the weights are read from cache often enough per step that reading them in every thread is free.
   constexpr int64_t kRowsPerThread = 4;
   const auto plan = [&](Split split, int64_t threads, const char* reason) {
-    const bool pack_input = p.T * p.B >= rows_worth_packing(p.I);
-    return CpuPlan{split, static_cast<int>(threads), reason, pack_input, packs_recurrent(p)};
+    return CpuPlan{split, static_cast<int>(threads), reason, packs_input(p), packs_recurrent(p)};
   };
 
   if (p.threads <= 1) return plan(Split::rows, 1, "one thread is allowed");

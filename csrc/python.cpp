@@ -79,13 +79,14 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "plan_cpu",
       [](int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int gates, int threads, bool two_products,
-         bool normalises, int layers, bool widens, bool backward) {
+         bool normalises, int layers, bool widens, bool backward, bool packed) {
         const fastrnn::Pass pass = backward ? fastrnn::Pass::backward : fastrnn::Pass::forward;
-        return fastrnn::plan_cpu({T, B, I, H, P, gates, threads, two_products, normalises, layers, widens, pass});
+        return fastrnn::plan_cpu(
+            {T, B, I, H, P, gates, threads, two_products, normalises, layers, widens, pass, packed});
       },
       py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("gates"),
       py::arg("threads"), py::arg("two_products") = false, py::arg("normalises") = false, py::arg("layers") = 1,
-      py::arg("widens") = false, py::arg("backward") = false);
+      py::arg("widens") = false, py::arg("backward") = false, py::arg("packed") = false);
 
   py::class_<fastrnn::CudaPlan>(module, "CudaPlan")
       .def_property_readonly(

@@ -70,12 +70,14 @@ def plan_cpu(
     layers: Literal[1, 2] = 1,
     widens: bool = False,
     backward: bool = False,
+    packed: bool = False,
 ) -> CpuPlan:
     """The plan for a layer of these sizes, where torch may use `threads` threads. P is H without a projection.
 
     `two_products`: of a GRU that resets before the product, with gates=2. `normalises`: with layer normalisation.
     `layers`: 2 for both directions, which do not wait for each other.
     `widens`: the weights are of 16 bits, which products read as float32. `backward`: of the backward pass.
+    `packed`: the weights are there packed as well, by `fastrnn.pack_weights`.
     """
 
 class CudaPlan:

@@ -92,6 +92,19 @@ def test_plan_packs_what_serves_many_rows(T: int, B: int, H: int, widens: bool, 
 
 
 @pytest.mark.parametrize(
+    "T, B, H, widens, packed", [(1, 1, 64, False, "ih hh"), (2, 1, 64, False, "ih hh"), (1, 2, 64, False, "ih hh"),
+                                (1, 1, 191, True, "ih hh"), (1, 1, 192, True, ""), (2, 1, 192, True, "ih"),
+                                (1, 2, 192, True, "ih hh"), (1, 1, 1280, False, ""), (2, 1, 1280, False, "ih"),
+                                (1, 2, 1280, False, "ih hh"), (100, 1, 1024, False, "ih hh")]
+)  # fmt: skip
+def test_plan_reads_weights_packed_before_where_that_is_faster(
+    T: int, B: int, H: int, widens: bool, packed: str
+) -> None:
+    plan = _C.plan_cpu(T=T, B=B, I=H, H=H, P=H, gates=4, threads=2, widens=widens, packed=True)
+    assert {"ih": plan.pack_input, "hh": plan.pack_recurrent} == {name: name in packed for name in ("ih", "hh")}
+
+
+@pytest.mark.parametrize(
     "T, B, H, widens, packs", [(1, 1, 64, False, False), (100, 1, 256, False, False), (24, 1, 512, False, True),
                                (23, 1, 512, False, False), (100, 1, 512, True, False), (3, 2, 1024, False, False),
                                (4, 1, 1024, False, True), (4, 1, 1024, True, False), (4, 1, 2048, True, True),

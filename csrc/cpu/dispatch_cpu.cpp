@@ -12,6 +12,8 @@ namespace fastrnn {
   template <template <typename> class Cell, typename scalar_t>                       \
   void sequence_forward(const SequenceForward<scalar_t>*, int, const ThreadPool&);   \
   template <template <typename> class Cell, typename scalar_t>                       \
+  int64_t pack_weights(const SequenceForward<scalar_t>&, void*);                     \
+  template <template <typename> class Cell, typename scalar_t>                       \
   void sequence_backward(const SequenceBackward<scalar_t>*, int, const ThreadPool&); \
   template <typename scalar_t>                                                       \
   void input_gradient(const InputGradient<scalar_t>&, const ThreadPool&);            \
@@ -46,6 +48,10 @@ void sequence_forward_cpu(const SequenceForward<scalar_t>* layers, int count, co
   FASTRNN_DISPATCH(sequence_forward<Cell>(layers, count, pool))
 }
 template <template <typename> class Cell, typename scalar_t>
+int64_t pack_weights_cpu(const SequenceForward<scalar_t>& p, void* block) {
+  FASTRNN_DISPATCH(pack_weights<Cell>(p, block))
+}
+template <template <typename> class Cell, typename scalar_t>
 void sequence_backward_cpu(const SequenceBackward<scalar_t>* layers, int count, const ThreadPool& pool) {
   FASTRNN_DISPATCH(sequence_backward<Cell>(layers, count, pool))
 }
@@ -60,6 +66,7 @@ void weight_gradient_cpu(const WeightGradient<scalar_t>& p, const ThreadPool& po
 
 #define FASTRNN_INSTANTIATE_CELL(Cell, scalar_t)                                                      \
   template void sequence_forward_cpu<Cell>(const SequenceForward<scalar_t>*, int, const ThreadPool&); \
+  template int64_t pack_weights_cpu<Cell>(const SequenceForward<scalar_t>&, void*);                   \
   template void sequence_backward_cpu<Cell>(const SequenceBackward<scalar_t>*, int, const ThreadPool&);
 #define FASTRNN_INSTANTIATE(name, Cell) \
   FASTRNN_INSTANTIATE_CELL(Cell, float) \

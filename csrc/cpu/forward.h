@@ -11,6 +11,31 @@ namespace fastrnn::FASTRNN_ISA {
 // Bytes of input gates per chunk and thread: half of a usual L2, the other half is for the weights. And of an only one.
 inline constexpr int64_t kChunkBytes = 512 * 1024, kOnlyChunkBytes = 4 * kChunkBytes;
 
+// The weights of a layer. Packed before its calls they lie in one block, in the order of their names here.
+template <template <typename> class CellOf, typename S>
+struct Weights {
+  using Word = WordOf<S>;
+  Weight<S, CellOf<Vec<Sum<S>>>::kGates> ih, hh;
+  Weight<S, 1> hr;
+
+  explicit Weights(const SequenceForward<S>& p)
+      : ih(p.w_ih, p.b_ih, p.H, p.I), hh(p.w_hh, p.b_hh, p.H, p.P), hr(p.w_hr, nullptr, p.P, p.H) {}
+
+  int64_t words() const { return ih.words() + hh.words() + hr.words(); }
+  void pack_to(Word* block) const {
+    ih.pack_to(block);
+    hh.pack_to(block + ih.words());
+    hr.pack_to(block + ih.words() + hh.words());
+  }
+  // Reads the block where the plan would have it packed.
+  void take(const Word* block, const CpuPlan& plan) {
+    if (plan.pack_input) ih.take(block);
+    if (!plan.pack_recurrent) return;
+    hh.take(block + ih.words());
+    hr.take(block + ih.words() + hh.words());
+  }
+};
+
 // S: the type that rows and weights are stored in. Sums, gates and c are of type T. What products read is of type R:
 // where that is not S, a thread widens the rows of a chunk, and those of h once a step.
 template <template <typename> class CellOf, typename S>
@@ -24,15 +49,17 @@ class Forward {
   using Plain = typename PlainOf<Cell>::type;
   using Gates = PanelShape<T, Cell::kGates>;
   using Projection = PanelShape<T, 1>;
+  static constexpr int kMostRows = std::max(kTileRows<Gates::kVectors>, kTileRows<Projection::kVectors>);
 
   // layers: that are to run together.
   Forward(const SequenceForward<S>& p, int layers, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
         plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>,
-                        kNormalises<Cell>, layers, kWidens<S>})),
+                        kNormalises<Cell>, layers, kWidens<S>, Pass::forward, p.packed != nullptr})),
         panels_(Gates::panels(p.H)),
         packs_own_panels_(plan_.split == Split::units || plan_.threads == 1),
+        w_(p),
         team_(plan_.threads, p.B * Cell::kGates * p.H * p.P / plan_.threads) {}
 
   // What comes before the threads share the work.
@@ -138,7 +165,7 @@ class Forward {
       }
     }
 
-    if (packs_own_panels_ && !hh_shares_place_) pack_recurrent(panels.begin, panels.end, panels.begin);
+    if (packs_own_panels_ && !hh_shares_place_) w_.hh.pack(panels.begin, panels.end, panels.begin);
     const typename Lane::Own& own = lane.own[thread];
     int64_t done = 0;  // rows of the lane before this step
     Chunk chunk{};
@@ -154,7 +181,7 @@ class Forward {
         // A panel is used while it is hot from packing.
         for (int64_t panel = panels.begin; p_.w_ih && panel < panels.end; ++panel) {
           const int64_t place = ih_shares_place_ ? thread : panel;
-          if (packs_own_panels_ && s == 0) pack_input(panel, panel + 1, place);
+          if (packs_own_panels_ && s == 0) w_.ih.pack(panel, panel + 1, place);
           input_gates(panel, place, chunk);
         }
       }
@@ -166,7 +193,7 @@ class Forward {
         // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
         const int64_t panel = s % 2 == 0 ? panels.begin + i : panels.end - 1 - i,
                       place = hh_shares_place_ ? thread : panel;
-        if (hh_shares_place_) pack_recurrent(panel, panel + 1, place);
+        if (hh_shares_place_) w_.hh.pack(panel, panel + 1, place);
         step(at, panel, place);
       }
       if constexpr (kNormalises<Cell>) {
@@ -219,64 +246,26 @@ class Forward {
     store(p_.h_in + p_.steps.row(s, b) * p_.P + j, masked, lanes);
   }
 
-  // The buffers for packed weights, and what is packed before the lanes start.
+  // The room for packed weights, and what is packed before the lanes start.
   void prepare_weights() {
+    if (p_.packed) return w_.take(static_cast<const Word*>(p_.packed), plan_);
     if (plan_.pack_recurrent) {
       hh_shares_place_ = packs_own_panels_ && p_.steps.T == 1;
-      packed_hh_ = Buffer<Word>((hh_shares_place_ ? plan_.threads : panels_) * words_of<S>(p_.P) * Gates::kColumns);
-      bias_hh_ = pack_bias(p_.b_hh);
+      w_.hh.make_room(hh_shares_place_ ? plan_.threads : panels_);
       if (p_.w_hr) {
-        packed_hr_ = Buffer<Word>(Projection::panels(p_.P) * words_of<S>(p_.H) * Projection::kColumns);
-        pack_gates<S, 1>(p_.w_hr, p_.P, p_.H, 0, Projection::panels(p_.P), packed_hr_.get());
+        w_.hr.make_room(Projection::panels(p_.P));
+        w_.hr.pack(0, Projection::panels(p_.P), 0);
       }
     }
     if (p_.w_ih && plan_.pack_input) {
       ih_shares_place_ = packs_own_panels_ && lanes_[0].chunk_steps == p_.steps.T;
-      packed_ih_ = Buffer<Word>((ih_shares_place_ ? plan_.threads : panels_) * words_of<S>(p_.I) * Gates::kColumns);
-      bias_ih_ = pack_bias(p_.b_ih);
+      w_.ih.make_room(ih_shares_place_ ? plan_.threads : panels_);
     }
     if (packs_own_panels_) return;
     in_parallel(pool_, panels_, [&](int64_t begin, int64_t end) {
-      pack_recurrent(begin, end, begin);
-      pack_input(begin, end, begin);
+      w_.hh.pack(begin, end, begin);
+      w_.ih.pack(begin, end, begin);
     });
-  }
-
-  void pack_recurrent(int64_t begin, int64_t end, int64_t place) const {
-    if (Word* to = panel_of<Gates>(packed_hh_, p_.P, place)) {
-      pack_gates<S, Cell::kGates>(p_.w_hh, p_.H, p_.P, begin, end, to);
-    }
-  }
-
-  void pack_input(int64_t begin, int64_t end, int64_t place) const {
-    if (Word* to = panel_of<Gates>(packed_ih_, p_.I, place)) {
-      pack_gates<S, Cell::kGates>(p_.w_ih, p_.H, p_.I, begin, end, to);
-    }
-  }
-
-  // A panel of a packed weight with rows of K, or null where it is not packed.
-  template <typename Shape>
-  static Word* panel_of(const Buffer<Word>& packed, int64_t K, int64_t panel) {
-    return packed.get() ? packed.get() + panel * words_of<S>(K) * Shape::kColumns : nullptr;
-  }
-
-  // out [count, G*kBlock] = bias + rows * the panel of w [G*units, K], packed or not.
-  template <typename Shape>
-  static void times(const S* w, const T* bias, const Word* packed, const Buffer<T>& packed_bias, int64_t units,
-                    int64_t K, int64_t panel, int count, const R* const* rows, T* out) {
-    if (packed) {
-      product<R, Shape::kVectors>(count, K, rows, packed,
-                                  packed_bias.get() ? packed_bias.get() + panel * Shape::kColumns : nullptr, out);
-    } else {
-      product_unpacked<S, Shape::kGates>(count, K, rows, w, bias, units, panel, out);
-    }
-  }
-
-  Buffer<T> pack_bias(const T* bias) const {
-    if (!bias) return {};
-    Buffer<T> packed(panels_ * Gates::kColumns);
-    pack_gates<T, Cell::kGates>(bias, p_.H, 1, 0, panels_, packed.get());
-    return packed;
   }
 
   struct Chunk {
@@ -297,12 +286,11 @@ class Forward {
 
   // place: where the panel of W_ih lies if it is packed.
   void input_gates(int64_t panel, int64_t place, const Chunk& chunk) const {
-    const Word* packed = panel_of<Gates>(packed_ih_, p_.I, place);
     T* out = chunk.x_gates + panel * chunk.rows * Gates::kColumns;
     for_each_tile(0, chunk.rows, kTileRows<Gates::kVectors>, [&](int64_t first, int count) {
-      const R* rows[kMaxTileRows];
+      const R* rows[kMostRows] = {};
       for (int r = 0; r < count; ++r) rows[r] = operand(chunk.input[first + r], chunk.wide_input, first + r, p_.I);
-      times<Gates>(p_.w_ih, p_.b_ih, packed, bias_ih_, p_.H, p_.I, panel, count, rows, out + first * Gates::kColumns);
+      w_.ih.times(panel, place, count, rows, out + first * Gates::kColumns);
     });
   }
 
@@ -337,14 +325,13 @@ class Forward {
 
   // place: where the panel of W_hh lies if it is packed.
   void step(const LaneStep& at, int64_t panel, int64_t place) const {
-    const Word* packed = panel_of<Gates>(packed_hh_, p_.P, place);
     const Chunk& chunk = at.chunk;
     constexpr int kRows = kTileRows<Gates::kVectors>;
     for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
       alignas(64) T h_gates[kRows * Gates::kColumns];
-      const R* operands[kMaxTileRows];
+      const R* operands[kMostRows] = {};
       for (int r = 0; r < count; ++r) operands[r] = at.rows[first + r].operand;
-      times<Gates>(p_.w_hh, p_.b_hh, packed, bias_hh_, p_.H, p_.P, panel, count, operands, h_gates);
+      w_.hh.times(panel, place, count, operands, h_gates);
       for (int r = 0; r < count; ++r) {
         const StepRow& row = at.rows[first + r];
         T* h_gates_row = h_gates + r * Gates::kColumns;
@@ -478,13 +465,12 @@ class Forward {
   void project(const LaneStep& at) const {
     constexpr int kRows = kTileRows<Projection::kVectors>;
     for (int64_t panel = 0; panel < Projection::panels(p_.P); ++panel) {
-      const Word* packed = panel_of<Projection>(packed_hr_, p_.H, panel);
       const int64_t j0 = panel * Projection::kBlock;
       for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
-        const R* rows[kMaxTileRows];
+        const R* rows[kMostRows] = {};
         for (int r = 0; r < count; ++r) rows[r] = m_.get() + at.rows[first + r].b * p_.H;
         alignas(64) T h[kRows * Projection::kColumns];
-        times<Projection>(p_.w_hr, nullptr, packed, {}, p_.P, p_.H, panel, count, rows, h);
+        w_.hr.times(panel, panel, count, rows, h);
         for (int r = 0; r < count; ++r) {
           const StepRow& row = at.rows[first + r];
           const bool goes_on = row.b < p_.steps.count(at.s + 1);
@@ -516,17 +502,13 @@ class Forward {
   const CpuPlan plan_;
   const int64_t panels_;
   const bool packs_own_panels_;  // each thread those that it multiplies with, else all threads together for all
+  Weights<CellOf, S> w_;
   // One place for the panels of a weight that a thread packs, each used once.
   bool ih_shares_place_ = false, hh_shares_place_ = false;
-  Buffer<Word> packed_ih_;  // [panels, I, G*kBlock], or [threads, I, G*kBlock]
-  Buffer<Word> packed_hh_;  // [panels, P, G*kBlock], or [threads, P, G*kBlock]
-  Buffer<Word> packed_hr_;  // [panels of P, H, kBlock]
-  Buffer<T> bias_ih_;       // [panels, G*kBlock]
-  Buffer<T> bias_hh_;       // [panels, G*kBlock]
-  Buffer<R> m_;             // [B, H]  h before the projection, or r h
-  Buffer<T> z_;             // [B, H]  of a cell that resets before
-  Buffer<T> products_;      // [B, 2, G, H]  of a cell that normalises: W_ih x and W_hh h
-  Buffer<S> zeros_;         // [P]  h after a reset
+  Buffer<R> m_;         // [B, H]  h before the projection, or r h
+  Buffer<T> z_;         // [B, H]  of a cell that resets before
+  Buffer<T> products_;  // [B, 2, G, H]  of a cell that normalises: W_ih x and W_hh h
+  Buffer<S> zeros_;     // [P]  h after a reset
   std::vector<Lane> lanes_;
   Team team_;
 };

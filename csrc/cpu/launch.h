@@ -8,6 +8,12 @@ void sequence_forward(const SequenceForward<scalar_t>* layers, int count, const 
   run_passes<Forward<Cell, scalar_t>>(layers, count, pool);
 }
 template <template <typename> class Cell, typename scalar_t>
+int64_t pack_weights(const SequenceForward<scalar_t>& p, void* block) {
+  const Weights<Cell, scalar_t> weights(p);
+  if (block) weights.pack_to(static_cast<WordOf<scalar_t>*>(block));
+  return weights.words() * static_cast<int64_t>(sizeof(WordOf<scalar_t>));
+}
+template <template <typename> class Cell, typename scalar_t>
 void sequence_backward(const SequenceBackward<scalar_t>* layers, int count, const ThreadPool& pool) {
   run_passes<Backward<Cell, scalar_t>>(layers, count, pool);
 }
@@ -21,6 +27,7 @@ void weight_gradient(const WeightGradient<scalar_t>& p, const ThreadPool& pool) 
   template void weight_gradient(const WeightGradient<scalar_t>&, const ThreadPool&);
 #define FASTRNN_INSTANTIATE_CELL(Cell, scalar_t)                                                  \
   template void sequence_forward<Cell>(const SequenceForward<scalar_t>*, int, const ThreadPool&); \
+  template int64_t pack_weights<Cell>(const SequenceForward<scalar_t>&, void*);                   \
   template void sequence_backward<Cell>(const SequenceBackward<scalar_t>*, int, const ThreadPool&);
 #if defined(FASTRNN_BF16)
 FASTRNN_INSTANTIATE_TYPE(Bf16)
