@@ -140,6 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--budget", type=float, metavar="S", help="seconds per contender and case")
     add("--time-limit", type=float, metavar="S", help="start no case after it (default: suite short 120, gpu 540)")
     add("--busy", type=int, default=0, metavar="N", help="measure beside N processes that each want a core")
+    add("--pack-weights", action="store_true", help="inference of fastrnn with fastrnn.pack_weights")
     add("--limit", action=argparse.BooleanOptionalAction, help="measure the machine's peaks, show the share of them")
     add("--steps", type=int, default=char_lm.STEPS, metavar="N", help="of the language model (default: %(default)s)")
     add("--control", action="store_true", help="language model: torch.nn with weights one ulp off in fastrnn's place")
@@ -239,9 +240,11 @@ def measure(case: Case, arguments: argparse.Namespace, conditions: Conditions) -
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     clock: Clock = CudaClock(case.graph) if case.device == "cuda" else HostClock(case.threads)
     baselines = [name for name in arguments.baselines if serves(name, case)]
-    notes, memory = dict.fromkeys(baselines, f"beside {arguments.busy} busy processes" if arguments.busy else ""), {}
+    circumstances = [f"beside {arguments.busy} busy processes"] * bool(arguments.busy)
+    circumstances += ["with pack_weights"] * (arguments.pack_weights and case.mode == "infer")
+    notes, memory = dict.fromkeys(baselines, ", ".join(circumstances)), {}
     try:
-        problem = Problem(case)
+        problem = Problem(case, arguments.pack_weights)
         call = make_call(problem, "fastrnn")
         ours = call()
         memory["fastrnn"] = peak_mib(call, case.device)

@@ -106,7 +106,7 @@ class Case:
 class Problem:
     """Weights, inputs, initial states and output gradients of a case, the same for every contender."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, pack_weights: bool = False) -> None:
         """Draws everything from a fixed seed, the weights at torch.nn's own initial scale."""
         import fastrnn
 
@@ -118,6 +118,8 @@ class Problem:
         self.torch_module: torch.nn.RNNBase = getattr(torch.nn, CELLS[case.cell])(s.I, s.H, **options)
         self.fast_module: torch.nn.RNNBase = getattr(fastrnn, CELLS[case.cell])(s.I, s.H, **options)
         self.fast_module.load_state_dict(self.torch_module.state_dict())
+        if pack_weights:
+            fastrnn.pack_weights(self.fast_module)
         for module in (self.torch_module, self.fast_module):
             module.train(case.mode != "infer")
 

@@ -12,6 +12,7 @@ from fastrnn.cells import GRUCell, LSTMCell, RNNCell
 from fastrnn.convert import Conversion, convert, patch, revert
 from fastrnn.explain import Explanation, explain
 from fastrnn.modules import GRU, LSTM, RNN, SLSTM
+from fastrnn.packing import pack_weights
 
 try:
     __version__ = version("fastrnn")
@@ -33,6 +34,7 @@ __all__ = [
     "diagnostics",
     "explain",
     "ops",
+    "pack_weights",
     "patch",
     "revert",
     "truncated",

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastrnn.packing import Packing
+
 Tensors = tuple[Tensor, ...]
 Results = tuple[Tensor | None, ...]
 Gradients = Sequence[Tensor | None]
@@ -56,6 +58,9 @@ class Operator:
         self.forward = getattr(torch.ops.fastrnn, name).default
         self.backward = getattr(torch.ops.fastrnn, f"{name}_backward").default
         self.saved = len(self.forward._schema.returns) - results
+        self.pack = getattr(torch.ops.fastrnn, f"_{name}_pack").default
+        self.forward_packed = getattr(torch.ops.fastrnn, f"_{name}_packed").default
+        self.forward_packed_both = getattr(torch.ops.fastrnn, f"_{name}_packed_both").default
         self.forward_both = getattr(torch.ops.fastrnn, f"_{name}_both").default
         self.backward_both = getattr(torch.ops.fastrnn, f"_{name}_backward_both").default
         self.no_controls = tuple(p.default_value for p in self.forward._schema.arguments[floats + 3 :])
@@ -69,7 +74,12 @@ class Operator:
             torch.library.register_vmap(op, partial(rule, self))
 
     def __call__(
-        self, *arguments: Any, controls: tuple[Any, ...] = (), recompute: bool = False, meet: "Meet | None" = None
+        self,
+        *arguments: Any,
+        controls: tuple[Any, ...] = (),
+        recompute: bool = False,
+        meet: "Meet | None" = None,
+        packing: Packing | None = None,
     ) -> tuple[Any, ...]:
         """Runs the layer: its results, maybe more, as a differentiable function of the arguments.
 
@@ -78,6 +88,7 @@ class Operator:
             controls: Of the operator.
             recompute: Whether backward runs the operator again in place of keeping what it saves.
             meet: What runs the operator in its place, together with another: see `side_by_side`.
+            packing: What keeps the weights packed, for calls without gradients.
         """
         # Exported programs serve with and without grad: backward recomputes what was not saved.
         if torch.compiler.is_exporting():
@@ -93,11 +104,20 @@ class Operator:
         if torch._C._are_functorch_transforms_active():
             return _FastrnnLayer.apply(self, *arguments, not recompute, *controls)  # type: ignore[no-any-return, no-untyped-call]
         if meet is not None and not recompute:
-            return meet(self, arguments, controls + self.no_controls[len(controls) :])
+            return meet(self, arguments, controls + self.no_controls[len(controls) :], packing)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return _FastrnnEagerLayer.apply(self, *arguments, not recompute, *controls)  # type: ignore[no-any-return, no-untyped-call]
+        packed = self.packed(packing, arguments)
         with torch._C._AutoDispatchBelowAutograd():
+            if packed is not None:
+                return self.forward_packed(*arguments, packed, *controls)  # type: ignore[no-any-return]
             return self.forward(*arguments, False, *controls)  # type: ignore[no-any-return]
+
+    def packed(self, packing: Packing | None, arguments: Sequence[Any]) -> Tensor | None:
+        """The weights of a call, packed, if they are kept so."""
+        if packing is None:
+            return None
+        return packing.of(self.pack, (arguments[1], arguments[2], arguments[5] if self.states > 1 else None))
 
     def run_both(self, *arguments: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Two layers in one call, eagerly.
@@ -123,7 +143,7 @@ class Operator:
         return _vjp(lambda *floats: self.definition(*floats, *options), floats, grad_results)
 
 
-Meet = Callable[[Operator, Sequence[Any], Sequence[Any]], tuple[Any, ...]]
+Meet = Callable[[Operator, Sequence[Any], Sequence[Any], Packing | None], tuple[Any, ...]]
 
 
 def side_by_side(
@@ -137,20 +157,32 @@ def side_by_side(
         return first(), second()
     of_second: tuple[Any, ...] | None = None
 
-    def wait(operator: Operator, arguments: Sequence[Any], controls: Sequence[Any]) -> tuple[Any, ...]:
+    def wait(
+        operator: Operator, arguments: Sequence[Any], controls: Sequence[Any], packing: Packing | None
+    ) -> tuple[Any, ...]:
         nonlocal of_second
         mine: tuple[Any, ...] | None = None
 
-        def join(other: Operator, others: Sequence[Any], other_controls: Sequence[Any]) -> tuple[Any, ...]:
+        def join(
+            other: Operator, others: Sequence[Any], other_controls: Sequence[Any], other_packing: Packing | None
+        ) -> tuple[Any, ...]:
             nonlocal mine
             if other is not operator:
-                return other(*others, controls=tuple(other_controls))
+                return other(*others, controls=tuple(other_controls), packing=other_packing)
+            packed, other_packed = operator.packed(packing, arguments), other.packed(other_packing, others)
+            if packed is not None and other_packed is not None:
+                with torch._C._AutoDispatchBelowAutograd():
+                    results = operator.forward_packed_both(
+                        *arguments, packed, *controls, *others, other_packed, *other_controls
+                    )
+                mine, theirs = halves(results)
+                return theirs
             save = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments, *others)
             mine, theirs = operator.run_both(*arguments, save, *controls, *others, save, *other_controls)
             return theirs
 
         of_second = second(meet=join)
-        return operator(*arguments, controls=tuple(controls)) if mine is None else mine
+        return operator(*arguments, controls=tuple(controls), packing=packing) if mine is None else mine
 
     of_first = first(meet=wait)
     return of_first, second() if of_second is None else of_second

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastrnn import ops
 from fastrnn.autograd import is_tracing
+from fastrnn.packing import Packing, PacksWeights
 from fastrnn.stack import (
     NO_SCRIPT,
     Device,
@@ -25,13 +26,13 @@ from fastrnn.stack import (
 )
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(PacksWeights, nn.RNNCellBase):
     """What the cells share: the forms of the input and the checks. A cell is its layer at T = 1."""
 
     _name: str  # in the words of torch.nn
     _promotes: tuple[bool, ...]  # for each state, what `call_autocast` asks
 
-    def _op(self, input: Tensor, *args: Any) -> Sequence[Tensor]:
+    def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
         """Runs one step, of input (B, I): the states after it."""
         raise NotImplementedError
 
@@ -61,7 +62,8 @@ class _Cell(nn.RNNCellBase):
         else:
             check_alike(input, "hidden", states)
         check_alike(input, "parameter", weights[:2] + [bias for bias in weights[2:] if bias is not None])
-        return self._op(input, *weights, *states)
+        packings = self._packings_in_use()
+        return self._op(input, *weights, *states, packing=packings[0] if packings else None)
 
     def _check_sizes(self, input: Tensor, states: States | None) -> None:
         batch, input_size = input.shape
@@ -120,11 +122,13 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
-    def _op(self, input: Tensor, *args: Any) -> Sequence[Tensor]:
+    def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         h = ops.rnn_step(self.nonlinearity, input, *args)
-        return (h,) if h is not None else ops.rnn_layer(input.unsqueeze(0), *args, nonlinearity=self.nonlinearity)[1:]
+        if h is not None:
+            return (h,)
+        return ops.rnn_layer(input.unsqueeze(0), *args, nonlinearity=self.nonlinearity, packing=packing)[1:]
 
 
 class GRUCell(_Cell):
@@ -161,8 +165,8 @@ class GRUCell(_Cell):
         """Takes what torch.nn.GRUCell takes."""
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
-    def _op(self, input: Tensor, *args: Any) -> Sequence[Tensor]:
-        return ops.gru_layer(input.unsqueeze(0), *args)[1:]
+    def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
+        return ops.gru_layer(input.unsqueeze(0), *args, packing=packing)[1:]
 
 
 class LSTMCell(_Cell):
@@ -202,8 +206,8 @@ class LSTMCell(_Cell):
         """Takes what torch.nn.LSTMCell takes."""
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
-    def _op(self, input: Tensor, *args: Any) -> Sequence[Tensor]:
-        return ops.lstm_layer(input.unsqueeze(0), *args)[1:]
+    def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
+        return ops.lstm_layer(input.unsqueeze(0), *args, packing=packing)[1:]
 
     def _states(self, hx: Any) -> States:
         for index, state in enumerate(hx):

@@ -97,6 +97,7 @@ def revert(model: nn.Module) -> None:
         raise ValueError(f"cannot revert {which}: its forward was replaced after convert, by one that calls fastrnn's")
     for module in converted.values():
         delattr(module, _MARK)
+        vars(module).pop("_packings", None)
         _swap(module, _INVERSE[_base(type(module))])
 
 

@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import _C, _library, cells, modules
 from fastrnn.options import NO_OPTIONS
-from fastrnn.stack import LayerStack
+from fastrnn.packing import reason_against
+from fastrnn.stack import LayerStack, read_weights
 
 _KINDS = ("RNN", "GRU", "LSTM")
 
@@ -62,6 +63,7 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
     problem: dict[str, Any] = {"T": T, "B": B, "H": hidden, "gates": gates // hidden}
     beyond = None if is_cell else _beyond_torch(module)
     taken = _cpu_takes(dtype, beyond) if data.device.type == "cpu" else None
+    unpacked = _reason_against_packing(module, dtype) if module._packings else None
 
     lines = []
     for layer in range(layers):
@@ -73,11 +75,24 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
                 path = _cuda_path(problem, directions, kind, projected != hidden, dtype, data.device, beyond)
             else:
                 facts = {"I": width, "P": projected, "layers": directions, "widens": taken == "widened"}
+                facts["packed"] = bool(module._packings) and unpacked is None
                 path = _cpu_path(problem | facts | _cell_problem(module))
                 if kind == "RNN" and T == 1 and not beyond:
                     path += "; with gradients, and where B or H is small, torch's own operator for one step"
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
-    return Explanation(tuple(lines), tuple(_notes(data, dtype, taken)))
+    notes = [f"weights do not stay packed: {unpacked}"] if unpacked else []
+    return Explanation(tuple(lines), (*notes, *_notes(data, dtype, taken)))
+
+
+def _reason_against_packing(module: Any, dtype: torch.dtype) -> str | None:
+    """Why a call at this point has no use for `pack_weights`."""
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    names = module._all_weights if isinstance(module, nn.RNNBase) else [["weight_ih", "weight_hh"]]
+    weights = [read_weights(module, [name for name in run if name.startswith("weight")]) for run in names]
+    if weights[0][0].dtype != dtype:
+        return "autocast casts the weights at every call"
+    return next(filter(None, map(reason_against, weights)), None)
 
 
 def _cell_problem(module: Any) -> dict[str, Any]:
@@ -135,7 +150,8 @@ def _cpu_path(problem: dict[str, Any]) -> str:
     shared = {"rows": "each with rows of the batch", "units": "each with hidden units"}[plan.split]
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads, {shared}"
     in_place = [name for name, packed in (("W_ih", plan.pack_input), ("W_hh", plan.pack_recurrent)) if not packed]
-    weights = f"; {' and '.join(in_place)} read in place, where packing does not pay" if in_place else ""
+    weights = "; weights are packed ahead of calls" if problem["packed"] else ""
+    weights += f"; {' and '.join(in_place)} read in place, where packing does not pay" if in_place else ""
     compiled = " (in a compiled program one after the other)" if plan.side_by_side else ""
     return f"fused CPU kernel ({_C.isa()}) on {threads}: {plan.reason}{compiled}{weights}"
 

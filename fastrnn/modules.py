@@ -86,7 +86,7 @@ class RNN(LayerStack):
 
     def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         input, *others = args
-        is_plain = options.keys() <= {"batch_sizes", "reverse", "meet"} and options["batch_sizes"] is None
+        is_plain = options.keys() <= {"batch_sizes", "reverse", "meet", "packing"} and options["batch_sizes"] is None
         if is_plain and torch.is_grad_enabled() and not is_tracing() and input.size(0) == 1:
             h = ops.rnn_step(self.nonlinearity, input.squeeze(0), *others)
             if h is not None:

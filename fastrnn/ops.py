@@ -20,6 +20,7 @@ from typing_extensions import Unpack  # a requirement of torch
 
 from . import _library, fakes, reference
 from .autograd import Meet, Operator
+from .packing import Packing
 
 _library.load()
 
@@ -75,6 +76,7 @@ def rnn_layer(
     nonlinearity: str = "tanh",
     recompute: bool = False,
     meet: Meet | None = None,
+    packing: Packing | None = None,
     **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor]:
     r"""Runs one RNN layer in one direction over a sequence.
@@ -96,6 +98,7 @@ def rnn_layer(
         nonlinearity: ``"tanh"``, ``"relu"`` or ``"leaky_relu"`` with the slope 0.01.
         recompute: Whether backward runs the layer again in place of keeping its gates.
         meet: Of `fastrnn.autograd.side_by_side`.
+        packing: Of `fastrnn.pack_weights`.
         controls: See `Controls`.
 
     Returns:
@@ -115,7 +118,11 @@ def rnn_layer(
         )
     arguments = (input, w_ih, w_hh, b_ih, b_hh, None, h0, batch_sizes, reverse)
     output, h_n, *_ = _RNN[nonlinearity](
-        *arguments, controls=_control_arguments("rnn_layer", controls, Controls), recompute=recompute, meet=meet
+        *arguments,
+        controls=_control_arguments("rnn_layer", controls, Controls),
+        recompute=recompute,
+        meet=meet,
+        packing=packing,
     )
     return output, h_n
 
@@ -157,6 +164,7 @@ def gru_layer(
     reverse: bool = False,
     recompute: bool = False,
     meet: Meet | None = None,
+    packing: Packing | None = None,
     **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor]:
     r"""Runs one GRU layer in one direction over a sequence.
@@ -199,7 +207,11 @@ def gru_layer(
         x_gates = linear(input, w_ih, bias) if w_ih is not None else input if bias is None else input + bias
         operator, arguments = _GRU_BEFORE, (x_gates, None, w_hh, None, None, None, h0, batch_sizes, reverse)
     output, h_n, *_ = operator(
-        *arguments, controls=_control_arguments("gru_layer", controls, Controls), recompute=recompute, meet=meet
+        *arguments,
+        controls=_control_arguments("gru_layer", controls, Controls),
+        recompute=recompute,
+        meet=meet,
+        packing=packing,
     )
     return output, h_n
 
@@ -221,6 +233,7 @@ def lstm_layer(
     reverse: bool = False,
     recompute: bool = False,
     meet: Meet | None = None,
+    packing: Packing | None = None,
     **controls: Unpack[CellStateControls],
 ) -> tuple[Tensor, ...]:
     r"""Runs one LSTM layer in one direction over a sequence.
@@ -254,6 +267,7 @@ def lstm_layer(
         reverse: Run from the last step to the first.
         recompute: As of `rnn_layer`.
         meet: As of `rnn_layer`.
+        packing: As of `rnn_layer`.
         controls: See `CellStateControls`.
 
     Returns:
@@ -277,6 +291,7 @@ def lstm_layer(
         controls=_control_arguments("lstm_layer", controls, CellStateControls),
         recompute=recompute,
         meet=meet,
+        packing=packing,
     )
     return results[: 4 if controls and controls.get("return_cells") else 3]
 
@@ -294,6 +309,7 @@ def slstm_layer(
     reverse: bool = False,
     recompute: bool = False,
     meet: Meet | None = None,
+    packing: Packing | None = None,
     **controls: Unpack[Controls],
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Runs one sLSTM layer in one direction over a sequence.
@@ -317,7 +333,11 @@ def slstm_layer(
     """
     arguments = (input, w_ih, w_hh, b_ih, b_hh, None, None, h0, c0, batch_sizes, reverse)
     output, h_n, c_n, *_ = _SLSTM(
-        *arguments, controls=_control_arguments("slstm_layer", controls, Controls), recompute=recompute, meet=meet
+        *arguments,
+        controls=_control_arguments("slstm_layer", controls, Controls),
+        recompute=recompute,
+        meet=meet,
+        packing=packing,
     )
     return output, h_n, c_n
 

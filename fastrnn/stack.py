@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.autograd import is_tracing, side_by_side
 from fastrnn.options import NO_OPTIONS, Options, RecurrentOptions
+from fastrnn.packing import PacksWeights
 
 NO_SCRIPT = (
     "torch.jit.script does not compile fastrnn.{}: torch.export, torch.compile and torch.jit.trace do, "
@@ -95,7 +96,7 @@ def call_autocast(
     return [result.to(carried) if promote else result for result, promote in zip(results, promotes, strict=True)]
 
 
-class LayerStack(nn.RNNBase):
+class LayerStack(PacksWeights, nn.RNNBase):
     """What RNN, GRU and LSTM share: the forms of the input, the checks, the loop over layers and directions.
 
     The hidden state is one tensor here. LSTM, which has two, overrides the methods that look inside it.
@@ -304,9 +305,13 @@ class LayerStack(nn.RNNBase):
         else:
             check_alike(input, "hidden", states)
         check_alike(input, "parameter", weights)
+        packings = self._packings_in_use()
         if runs == 1:
             own = zeros or [state.squeeze(0) for state in states or ()]
-            output, *last = self._run_layer(input, weights, own, controls, batch_sizes=batch_sizes, reverse=False)
+            where: dict[str, Any] = {"batch_sizes": batch_sizes, "reverse": False}
+            if packings:
+                where["packing"] = packings[0]
+            output, *last = self._run_layer(input, weights, own, controls, **where)
             return [output, *[state.unsqueeze(0) for state in last[: len(own)]], *last[len(own) :]]
 
         initial = [zeros] * runs if zeros else list(zip(*(state.unbind() for state in states or ()), strict=True))
@@ -314,8 +319,9 @@ class LayerStack(nn.RNNBase):
 
         def run_one(run: int, input: Tensor, **meet: Any) -> tuple[Tensor, ...]:
             own_weights, reverse = weights[run * per_run : (run + 1) * per_run], run % directions == 1
+            where = meet | {"packing": packings[run]} if packings else meet
             return self._run_layer(
-                input, own_weights, initial[run], controls, batch_sizes=batch_sizes, reverse=reverse, **meet
+                input, own_weights, initial[run], controls, batch_sizes=batch_sizes, reverse=reverse, **where
             )
 
         final: list[Sequence[Tensor]] = []
