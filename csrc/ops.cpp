@@ -39,15 +39,12 @@ namespace {
 // "fastrnn::lstm_layer" and the like, for messages.
 template <template <typename> class Cell>
 constexpr const char* kName = nullptr;
-#define FASTRNN_NAME(name, Cell) \
-  template <>                    \
-  constexpr const char* kName<Cell> = "fastrnn::" #name "_layer";
-FASTRNN_FOR_EACH_CELL(FASTRNN_NAME)
-#undef FASTRNN_NAME
 template <template <typename> class Cell>
 constexpr const char* kPackName = nullptr;
-#define FASTRNN_NAME(name, Cell) \
-  template <>                    \
+#define FASTRNN_NAME(name, Cell)                                  \
+  template <>                                                     \
+  constexpr const char* kName<Cell> = "fastrnn::" #name "_layer"; \
+  template <>                                                     \
   constexpr const char* kPackName<Cell> = "fastrnn::_" #name "_layer_pack";
 FASTRNN_FOR_EACH_CELL(FASTRNN_NAME)
 #undef FASTRNN_NAME
