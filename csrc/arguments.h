@@ -104,6 +104,7 @@ struct Arguments {
           ", got shape ", shape_of(input));
     check_recurrent(gates);
     const int64_t G_H = w_hh.size(0), H = G_H / gates, width = input.size(dims - 1);
+    check(width > 0, op, ": expected input of 1 feature or more, got shape ", shape_of(input));
     int64_t P = w_hh.size(1);  // of three tensors that hold it, two that agree are right
     if (w_hr && w_hr->dim() == 2 && h0.dim() == 2 && w_hr->size(0) == h0.size(1)) P = h0.size(1);
     check_weights(gates, width, P);

@@ -114,6 +114,7 @@ struct Operator {
       const int64_t bytes = P::packed_bytes(layer);
       a.expect_shape("packed", *a.packed, {bytes});
       a.expect_dtype("packed", *a.packed, ScalarType::Byte);
+      check(a.packed->is_contiguous(), a.op, ": expected packed to be contiguous, got a strided tensor");
       a.expect_device("packed", *a.packed);
     }
   }

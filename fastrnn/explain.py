@@ -92,6 +92,8 @@ def _reason_against_packing(module: Any, dtype: torch.dtype) -> str | None:
     weights = [read_weights(module, [name for name in run if name.startswith("weight")]) for run in names]
     if weights[0][0].dtype != dtype:
         return "autocast casts the weights at every call"
+    if not isinstance(module, nn.RNNCellBase) and module.training and module.options.weight_dropout > 0:
+        return "weight_dropout draws the recurrent weights at every call"
     return next(filter(None, map(reason_against, weights)), None)
 
 

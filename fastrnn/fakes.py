@@ -13,21 +13,18 @@ from .autograd import halves
 
 def register_h_layer(name: str, saved: int, gates: int) -> None:
     """Of a cell with the state h alone, which saves `saved` values for each unit."""
-    _register(name, 9, _h_layer(saved, gates), _h_layer_backward)
+    _register(name, _h_layer(saved, gates), _h_layer_backward)
 
 
 def register_c_layer(name: str, saved: int, gates: int) -> None:
     """Of a cell with states beside h."""
-    _register(name, 11, _c_layer(saved, gates), _c_layer_backward)
+    _register(name, _c_layer(saved, gates), _c_layer_backward)
 
 
-def _register(name: str, before_save: int, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
-    def packed(*arguments: Any) -> Any:
-        return forward(*arguments[:before_save], False, *arguments[before_save + 1 :])
-
-    for op, fake in ((name, forward), (f"{name}_backward", backward), (f"_{name}_packed", packed)):
+def _register(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+    for op, fake in ((name, forward), (f"{name}_backward", backward)):
         torch.library.register_fake(f"fastrnn::{op}", fake)
-        torch.library.register_fake(f"fastrnn::_{op.removeprefix('_')}_both", partial(_both, fake))
+        torch.library.register_fake(f"fastrnn::_{op}_both", partial(_both, fake))
 
 
 def _both(fake: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:

@@ -50,6 +50,7 @@ class Packing:
                     or weight.dtype is not before.dtype
                     or weight.shape != before.shape
                     or weight.stride() != before.stride
+                    or weight.is_neg()
                 ):
                     break
             else:
@@ -86,11 +87,13 @@ def reason_against(weights: Sequence[Tensor | None]) -> str | None:
             return "a weight is no plain Parameter"
         if not weight.is_cpu:
             return "weights are packed for the CPU alone"
+        if weight.is_neg():
+            return "a weight is a view of the negative of another tensor"
         if weight.is_inference():
             return "a weight was made in inference mode, which counts no changes"
         if weight.is_shared():  # type: ignore[no-untyped-call]
             return "a weight lies in memory that other processes share"
-    return "a TorchDispatchMode is active" if torch._C._len_torch_dispatch_stack() > 0 else None
+    return None
 
 
 class PacksWeights(nn.Module):
@@ -99,7 +102,8 @@ class PacksWeights(nn.Module):
     _packings: Sequence[Packing] = ()  # of each direction of each layer, or none
 
     def _packings_in_use(self) -> Sequence[Packing]:
-        if not self._packings or torch.compiler.is_compiling():
+        # A mode may be recording the call, for weights to come.
+        if not self._packings or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
             return ()
         if torch.is_grad_enabled():  # an optimizer may be at work: what fused ones change torch does not count
             self._clear_packings()
@@ -129,16 +133,17 @@ def pack_weights(model: nn.Module, packed: bool = True) -> None:
     weights are otherwise read where they are, sums may come in another order. Each direction of each layer is packed at
     its first such call, and anew after
 
-    * a change of a weight by an operation of torch, `load_state_dict` and the optimizers' steps among them, except for
-      those of ``fused=True``, which torch does not count;
-    * another tensor or Parameter in its place, another dtype, another place in memory;
-    * a call of the module with gradients enabled, `train()` and `eval()`.
+    * a change of a weight that torch counts: by nearly all of its operations, `load_state_dict` and most optimizers,
+      but not by collectives of `torch.distributed` and by optimizers with ``fused=True``
+    * another tensor or Parameter in its place, another dtype, another place in memory
+    * a call of the module with gradients enabled, `train()` and `eval()`, so that changes of training are seen anyway
 
-    What torch cannot see is not seen either: writing to `weight.data`, to an array of NumPy that shares its memory, and
-    fused optimizers, unless the module was called with gradients enabled since. After such a change call `pack_weights`
-    again. Copies and pickles of the model pack their weights for themselves. Weights that are no plain Parameters (of
+    Nothing tells of other changes: through `weight.data` or another tensor or array that shares the memory but not the
+    count, or by the two exceptions above. After such a change call `pack_weights` again.
+
+    Copies and pickles of the model pack their weights for themselves. Weights that are no plain Parameters (those of
     parametrizations and pruning, cast by autocast), that lie in shared memory, or were made in inference mode, are not
-    kept: `fastrnn.explain` says so.
+    kept: `fastrnn.explain` says so. Layers of `fastrnn.keras` have no part in it.
 
     Args:
         model: A module of fastrnn, or one that holds some; see `fastrnn.convert`.

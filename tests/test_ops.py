@@ -251,6 +251,7 @@ SMALL = {"T": 4, "B": 3, "I": 6, "H": 5}
 WRONG = [  # argument, what is done to the right tensor, what the message must say
     ("input", lambda t: t[..., :-1], r"expected w_ih of shape \[.*, 5\], got \[.*, 6\]"),
     ("input", lambda t: t[0], r"expected input .*, got shape \[3, 6\]"),
+    ("input", lambda t: t[..., :0], r"expected input of 1 feature or more, got shape \[4, 3, 0\]"),
     ("input", lambda t: t[None], r"expected input .*, got shape \[1, 4, 3, 6\]"),
     ("input", lambda t: t.long(), r"expected input of dtype .*, got int64"),
     ("input", lambda t: t.to(torch.complex64), r"expected input of dtype .*, got complex64"),
