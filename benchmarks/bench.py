@@ -175,6 +175,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.task = "all" if arguments.suite == "short" else "sweep"
     if min(*arguments.threads, arguments.busy) < 0 or arguments.steps < char_lm.WINDOW or arguments.budget < 0:
         parser.error(f"expected --threads, --budget and --busy >= 0 and --steps >= {char_lm.WINDOW}")
+    if "unpacked" in arguments.baselines and not arguments.pack_weights:
+        parser.error("--baselines unpacked is what --pack-weights is compared with")
     arguments.threads = [n or torch.get_num_threads() for n in arguments.threads]
     try:
         arguments.shapes = [Shape.parse(text) for text in arguments.shapes]

@@ -7,6 +7,7 @@ in mode train, the gradients of input, initial states and weights in the order o
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import os
@@ -21,6 +22,7 @@ BASELINES = {
     "no-cudnn": "torch.nn's module on CUDA with cuDNN switched off",
     "reference": "fastrnn.reference, a loop over time in plain torch",
     "compiled": "that loop under torch.compile, which unrolls it: minutes of compilation at T=100",
+    "unpacked": "fastrnn's module without pack_weights, infer and --pack-weights only",
     "onnxruntime": "ONNX Runtime on the CPU, infer and fp32 only; needs the packages onnxruntime and onnx",
     "keras": "keras.layers on Keras's torch backend, fit only; needs the package keras",
 }
@@ -31,6 +33,8 @@ def serves(baseline: str, case: Case) -> bool:
     """Whether a baseline is meant for a case."""
     if "keras" == baseline or case.mode == "fit":
         return ("keras", "fit", "fp32", 1, 1) == (baseline, case.mode, case.dtype, case.shape.L, case.shape.D)
+    if baseline == "unpacked":
+        return (case.mode, case.device) == ("infer", "cpu")
     if baseline == "onnxruntime":
         return (case.mode, case.dtype, case.device) == ("infer", "fp32", "cpu")
     return baseline != "no-cudnn" or case.device == "cuda"
@@ -49,6 +53,7 @@ def make_call(problem: Problem, contender: str) -> Call:
     return {
         "fastrnn": lambda: _module(problem, problem.fast_module),
         "torch.nn": lambda: _module(problem, problem.torch_module),
+        "unpacked": lambda: _module(problem, _unpacked(problem.fast_module)),
         "no-cudnn": lambda: _without_cudnn(problem),
         "reference": lambda: _reference(problem, compiled=False),
         "compiled": lambda: _reference(problem, compiled=True),
@@ -65,6 +70,14 @@ def _module(problem: Problem, module: torch.nn.RNNBase) -> Call:
         return [output if isinstance(output, Tensor) else output.data, *([last] if isinstance(last, Tensor) else last)]
 
     return problem.in_mode(forward, list(module.parameters()))
+
+
+def _unpacked(module: torch.nn.RNNBase) -> torch.nn.RNNBase:
+    import fastrnn
+
+    module = copy.deepcopy(module)
+    fastrnn.pack_weights(module, False)
+    return module
 
 
 def _without_cudnn(problem: Problem) -> Call:

@@ -105,7 +105,6 @@ struct PersistentPath : GatesPath<Cell> {
 
   // Two layers that do not wait for each other run at once where they agree in all that the kernels are told once.
   static constexpr bool kRunsBoth = kIsTorchCell<Cell>;
-  static constexpr bool kPacks = false;
   static bool runs_both(const Layer& a, const Layer& b) {
     const auto facts = [](const Layer& l) {
       return std::tuple(l.storage, l.input.get_device_index(), l.input.dim(), l.B, l.H, l.w_hr.has_value());

@@ -308,9 +308,7 @@ class LayerStack(PacksWeights, nn.RNNBase):
         packings = self._packings_in_use()
         if runs == 1:
             own = zeros or [state.squeeze(0) for state in states or ()]
-            where: dict[str, Any] = {"batch_sizes": batch_sizes, "reverse": False}
-            if packings:
-                where["packing"] = packings[0]
+            where = {"batch_sizes": batch_sizes, "reverse": False, "packing": packings[0] if packings else None}
             output, *last = self._run_layer(input, weights, own, controls, **where)
             return [output, *[state.unsqueeze(0) for state in last[: len(own)]], *last[len(own) :]]
 
@@ -319,10 +317,8 @@ class LayerStack(PacksWeights, nn.RNNBase):
 
         def run_one(run: int, input: Tensor, **meet: Any) -> tuple[Tensor, ...]:
             own_weights, reverse = weights[run * per_run : (run + 1) * per_run], run % directions == 1
-            where = meet | {"packing": packings[run]} if packings else meet
-            return self._run_layer(
-                input, own_weights, initial[run], controls, batch_sizes=batch_sizes, reverse=reverse, **where
-            )
+            where = {"batch_sizes": batch_sizes, "reverse": reverse, "packing": packings[run] if packings else None}
+            return self._run_layer(input, own_weights, initial[run], controls, **where, **meet)
 
         final: list[Sequence[Tensor]] = []
         cells: list[Tensor] = []

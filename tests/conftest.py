@@ -49,6 +49,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    """For tests that set how many threads torch may use."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """Every test draws the same numbers, whatever ran before; float32 means float32 (cuDNN uses TF32 by default)."""

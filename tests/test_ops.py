@@ -89,11 +89,8 @@ def test_opcheck_of_what_is_not_asked_for(cell, device):
 
 
 @pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
+def two_threads(torch_threads):
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("other", [{}, {"T": 3}, {"I": 7}], ids=["at once", "another T", "another I"])

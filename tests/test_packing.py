@@ -6,7 +6,7 @@ import io
 import itertools
 import multiprocessing
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -39,11 +39,12 @@ def outputs(case: Case, module: nn.Module) -> dict[str, Tensor]:
         return call(case, module, {name: tensor.to(dtype) for name, tensor in tensors.items()}, lengths)
 
 
-@pytest.fixture
-def torch_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def assert_as_unpacked(case: Case, module: nn.Module, ours: dict[str, Tensor]) -> None:
+    """A copy that has packed nothing yet gives the same, to the last bit."""
+    theirs = copy.deepcopy(module)
+    fastrnn.pack_weights(theirs, False)
+    for name, expected in outputs(case, theirs).items():
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -190,22 +191,17 @@ def test_a_change_is_seen(cell, change):
         CHANGES[change](module)
         ours = outputs(case, module)
         assert is_packed(module)
-        # The copy has packed nothing yet.
-        for name, theirs in outputs(case, copy.deepcopy(module)).items():
-            torch.testing.assert_close(ours[name], theirs, rtol=0, atol=0)
+        assert_as_unpacked(case, module, ours)
 
 
 def test_memory_is_not_taken_for_what_lay_there_before():
     """The address of a tensor that was freed comes back, with the same form and version."""
-    module = fastrnn.GRU(24, 40)
+    case = Case("gru", 20, 2, 24, 40)
+    module = case.module(fastrnn)
     fastrnn.pack_weights(module)
-    x = torch.randn(20, 2, 24)
     for _ in range(100):
         module.weight_hh_l0.data = torch.randn(120, 40)
-        with torch.no_grad():
-            output, _ = module(x)
-            expected, _ = copy.deepcopy(module)(x)
-        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+        assert_as_unpacked(case, module, outputs(case, module))
 
 
 def test_another_dtype_at_the_same_place():
@@ -217,8 +213,7 @@ def test_another_dtype_at_the_same_place():
         parameter.data = parameter.data.view(torch.bfloat16)
     ours = outputs(case, module)
     assert is_packed(module)
-    for name, theirs in outputs(case, copy.deepcopy(module)).items():
-        torch.testing.assert_close(ours[name], theirs, rtol=0, atol=0)
+    assert_as_unpacked(case, module, ours)
 
 
 REFUSED = {
@@ -245,10 +240,7 @@ def test_weights_whose_changes_cannot_be_seen_stay_unpacked(change):
                 tensor.data.mul_(scale)
         ours = outputs(case, module)
         assert not is_packed(module)
-        theirs = copy.deepcopy(module)
-        fastrnn.pack_weights(theirs, False)
-        for name, expected in outputs(case, theirs).items():
-            torch.testing.assert_close(ours[name], expected, rtol=0, atol=0)
+        assert_as_unpacked(case, module, ours)
 
 
 def test_weights_made_in_inference_mode_stay_unpacked():
@@ -418,28 +410,24 @@ def in_child(module: nn.Module, x: Tensor, results: "multiprocessing.Queue[list[
         results.put([first.numpy(), module(x)[0].numpy()])
 
 
-def test_after_fork():
+def test_after_fork(torch_threads):
     """The child goes on with what its parent packed, and changes of its own weights stay its own."""
     module = fastrnn.GRU(24, 40)
     fastrnn.pack_weights(module)
     x = torch.randn(20, 2, 24)
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            expected, _ = module(x)
-            context = multiprocessing.get_context("fork")
-            results = context.Queue()
-            child = context.Process(target=in_child, args=(module, x, results))
-            child.start()
-            first, second = map(torch.from_numpy, results.get(timeout=60))
-            child.join()
-            assert torch.equal(first, expected)
-            assert torch.equal(module(x)[0], expected)
-            module.weight_hh_l0.zero_()
-            assert torch.equal(module(x)[0], second)
-    finally:
-        torch.set_num_threads(threads)
+    with torch.no_grad():
+        expected, _ = module(x)
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        child = context.Process(target=in_child, args=(module, x, results))
+        child.start()
+        first, second = map(torch.from_numpy, results.get(timeout=60))
+        child.join()
+        assert torch.equal(first, expected)
+        assert torch.equal(module(x)[0], expected)
+        module.weight_hh_l0.zero_()
+        assert torch.equal(module(x)[0], second)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -33,13 +33,6 @@ CASES = [Case(cell, *size, **form) for cell in CELLS for size, form in [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def torch_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3, 4 * (os.cpu_count() or 1)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_number_of_threads(case, threads, torch_threads):

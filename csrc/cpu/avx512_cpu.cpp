@@ -33,6 +33,7 @@
 #include "tile.h"
 // then tile.h
 #include "norm.h"
+#include "weights.h"
 // then what the passes use
 #include "backward.h"
 #include "forward.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The forward pass of one layer in one direction. Compiled once for each instruction set, after tile.h.
+// The forward pass of one layer in one direction. Compiled once for each instruction set, after weights.h.
 //
 // What is fused: the recurrent product of a tile, the gates and the state update; a step reads h, the packed W_hh and
 // its input gates, and writes h (and, for training, what backward needs). The input gates are made for a chunk of steps
@@ -10,31 +10,6 @@ namespace fastrnn::FASTRNN_ISA {
 
 // Bytes of input gates per chunk and thread: half of a usual L2, the other half is for the weights. And of an only one.
 inline constexpr int64_t kChunkBytes = 512 * 1024, kOnlyChunkBytes = 4 * kChunkBytes;
-
-// The weights of a layer. Packed before its calls they lie in one block, in the order of their names here.
-template <template <typename> class CellOf, typename S>
-struct Weights {
-  using Word = WordOf<S>;
-  Weight<S, CellOf<Vec<Sum<S>>>::kGates> ih, hh;
-  Weight<S, 1> hr;
-
-  explicit Weights(const SequenceForward<S>& p)
-      : ih(p.w_ih, p.b_ih, p.H, p.I), hh(p.w_hh, p.b_hh, p.H, p.P), hr(p.w_hr, nullptr, p.P, p.H) {}
-
-  int64_t words() const { return ih.words() + hh.words() + hr.words(); }
-  void pack_to(Word* block) const {
-    ih.pack_to(block);
-    hh.pack_to(block + ih.words());
-    hr.pack_to(block + ih.words() + hh.words());
-  }
-  // Reads the block where the plan would have it packed.
-  void take(const Word* block, const CpuPlan& plan) {
-    if (plan.pack_input) ih.take(block);
-    if (!plan.pack_recurrent) return;
-    hh.take(block + ih.words());
-    hr.take(block + ih.words() + hh.words());
-  }
-};
 
 // S: the type that rows and weights are stored in. Sums, gates and c are of type T. What products read is of type R:
 // where that is not S, a thread widens the rows of a chunk, and those of h once a step.

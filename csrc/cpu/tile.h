@@ -326,63 +326,6 @@ void product_unpacked(int count, int64_t K, const Operand<S>* const* rows, const
   }
 }
 
-// A weight [G*units, K] and its bias [G*units] or null, which rows are multiplied with: packed or where it is.
-template <typename S, int kGates>
-class Weight {
- public:
-  using Shape = PanelShape<Sum<S>, kGates>;
-  using Word = WordOf<S>;
-
-  Weight(const S* w, const Sum<S>* bias, int64_t units, int64_t K) : w_(w), bias_(bias), units_(units), K_(K) {}
-
-  // Of the packed weight, all its panels; none where there is no weight.
-  int64_t words() const { return w_ ? panels() * panel_words() : 0; }
-  // Reads panels that pack_to() packed.
-  void take(const Word* packed) {
-    packed_ = w_ ? packed : nullptr;
-    pack_bias();
-  }
-  // Room for panels that pack() packs: for all of them, or for some that take turns.
-  void make_room(int64_t places) {
-    room_ = Buffer<Word>(places * panel_words());
-    packed_ = room_.get();
-    pack_bias();
-  }
-  // Packs the panels [begin, end), the first of them at `place`, where there is room.
-  void pack(int64_t begin, int64_t end, int64_t place) const {
-    if (room_.get()) pack_gates<S, kGates>(w_, units_, K_, begin, end, room_.get() + place * panel_words());
-  }
-  void pack_to(Word* packed) const {
-    if (w_) pack_gates<S, kGates>(w_, units_, K_, 0, panels(), packed);
-  }
-
-  // out [count, G*kBlock] = bias + rows * a panel, which lies at `place` if it is packed.
-  void times(int64_t panel, int64_t place, int count, const Operand<S>* const* rows, Sum<S>* out) const {
-    if (packed_) {
-      const Sum<S>* bias = packed_bias_.get() ? packed_bias_.get() + panel * Shape::kColumns : nullptr;
-      product<Operand<S>, Shape::kVectors>(count, K_, rows, packed_ + place * panel_words(), bias, out);
-    } else {
-      product_unpacked<S, kGates>(count, K_, rows, w_, bias_, units_, panel, out);
-    }
-  }
-
- private:
-  int64_t panels() const { return Shape::panels(units_); }
-  int64_t panel_words() const { return words_of<S>(K_) * Shape::kColumns; }
-  void pack_bias() {
-    if (!bias_) return;
-    packed_bias_ = Buffer<Sum<S>>(panels() * Shape::kColumns);
-    pack_gates<Sum<S>, kGates>(bias_, units_, 1, 0, panels(), packed_bias_.get());
-  }
-
-  const S* w_ = nullptr;
-  const Sum<S>* bias_ = nullptr;
-  int64_t units_ = 0, K_ = 0;
-  Buffer<Word> room_;             // [places, words of K, G*kBlock]
-  const Word* packed_ = nullptr;  // so too, or [panels, ..]; null where the weight is read where it is
-  Buffer<Sum<S>> packed_bias_;    // [panels, G*kBlock]
-};
-
 // A matrix w [K, columns] to multiply rows with from the left. All its panels are packed; or, where few rows come, only
 // a last one that is not full, the others being read where they are.
 template <typename S>
