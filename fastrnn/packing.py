@@ -128,10 +128,10 @@ def pack_weights(model: nn.Module, packed: bool = True) -> None:
     """Keeps the weights of every module of fastrnn in a model packed for the CPU kernels, from one call to the next.
 
     It serves calls without gradients, under `torch.no_grad` or `torch.inference_mode`, in eager mode; others run as
-    before. It costs a copy of the weights, in float32 where the processor does not multiply their 16-bit type, and 3 us
-    a call, to see whether they have changed. Results are those of the same kernels; in short sequences, for which
-    weights are otherwise read where they are, sums may come in another order. Each direction of each layer is packed at
-    its first such call, and anew after
+    before. It costs a copy of the weights, in float32 where the processor does not multiply their 16-bit type, and some
+    microseconds a call, to see whether they have changed. Results are those of the same kernels; in short sequences,
+    for which weights are otherwise read where they are, sums may come in another order. Each direction of each layer is
+    packed at its first such call, and anew after
 
     * a change of a weight that torch counts: by nearly all of its operations, `load_state_dict` and most optimizers,
       but not by collectives of `torch.distributed` and by optimizers with ``fused=True``
