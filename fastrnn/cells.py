@@ -36,6 +36,10 @@ class _Cell(PacksWeights, nn.RNNCellBase):
         """Runs one step, of input (B, I): the states after it."""
         raise NotImplementedError
 
+    def _torch_operator(self, input: Tensor, hx: Any, *weights: Any) -> Any:
+        """The same step by torch.nn's own operator."""
+        raise NotImplementedError
+
     def __prepare_scriptable__(self) -> None:
         """As of a `LayerStack`."""
         raise NotImplementedError(NO_SCRIPT.format(type(self).__name__))
@@ -49,9 +53,9 @@ class _Cell(PacksWeights, nn.RNNCellBase):
         if dim == 1:
             input = input.unsqueeze(0)
             states = states if states is None else [state.unsqueeze(0) for state in states]
-        if not is_tracing():
-            self._check_sizes(input, states)
         weights = read_weights(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        if not is_tracing():
+            self._check_sizes(input, weights, states)
         step = partial(call_autocast, self._step, self._promotes) if is_autocast_on() else self._step
         states = step(input, weights, states)
         return as_hx(states if dim == 2 else [state.squeeze(0) for state in states])
@@ -65,19 +69,12 @@ class _Cell(PacksWeights, nn.RNNCellBase):
         packings = self._packings_in_use()
         return self._op(input, *weights, *states, packing=packings[0] if packings else None)
 
-    def _check_sizes(self, input: Tensor, states: States | None) -> None:
-        batch, input_size = input.shape
-        if input_size != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {self.input_size}")
-        for index, state in enumerate(states or ()):
-            if state.shape == (batch, self.hidden_size):
-                continue
-            if state.size(0) != batch:
-                raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
-            if state.size(1) != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
-                )
+    def _check_sizes(self, input: Tensor, weights: list[Any], states: States | None) -> None:
+        expected = (input.size(0), self.hidden_size)
+        if input.size(1) != self.input_size or any([state.shape != expected for state in states or ()]):
+            # torch.nn's words, which change from one version to the next, are those of its operator.
+            states = states or [input.new_zeros(expected)] * len(self._promotes)
+            self._torch_operator(input, as_hx(states), *weights)
 
     def _states(self, hx: Any) -> States:
         self._check_state_dim(hx, "hidden")
@@ -122,6 +119,10 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
+    def _torch_operator(self, input: Tensor, hx: Any, *weights: Any) -> Any:
+        operator = torch.rnn_relu_cell if self.nonlinearity == "relu" else torch.rnn_tanh_cell
+        return operator(input, hx, *weights)
+
     def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
@@ -165,6 +166,9 @@ class GRUCell(_Cell):
         """Takes what torch.nn.GRUCell takes."""
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
+    def _torch_operator(self, input: Tensor, hx: Any, *weights: Any) -> Any:
+        return torch.gru_cell(input, hx, *weights)
+
     def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
         return ops.gru_layer(input.unsqueeze(0), *args, packing=packing)[1:]
 
@@ -205,6 +209,9 @@ class LSTMCell(_Cell):
     ) -> None:
         """Takes what torch.nn.LSTMCell takes."""
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def _torch_operator(self, input: Tensor, hx: Any, *weights: Any) -> Any:
+        return torch.lstm_cell(input, hx, *weights)
 
     def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
         return ops.lstm_layer(input.unsqueeze(0), *args, packing=packing)[1:]
