@@ -201,7 +201,10 @@ def _scripted(operator: Operator, results: int) -> Any:
     parameters = operator.forward._schema.arguments
     declarations = ", ".join(f"{p.name}: {p.type.annotation_str}" for p in parameters)
     call = f"torch.ops.fastrnn.{operator.name}({', '.join(p.name for p in parameters)})"
-    unit = torch.jit.CompilationUnit(f"def layer({declarations}):\n    return {call}[:{results}]\n")
+    kept = [f"r{index}" for index in range(results)]
+    lines = [f"{', '.join(kept + ['_'] * (len(operator.forward._schema.returns) - results))} = {call}"]
+    lines += [f"assert {result} is not None" for result in kept] + [f"return {', '.join(kept)}"]
+    unit = torch.jit.CompilationUnit("\n    ".join([f"def layer({declarations}):", *lines]) + "\n")
     return torch._C._create_function_from_graph(f"__torch__.fastrnn.{operator.name}_{results}", unit.layer.graph)
 
 

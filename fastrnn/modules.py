@@ -84,6 +84,10 @@ class RNN(LayerStack):
         )
         self._set_options(options)
 
+    def extra_repr(self) -> str:
+        """As of all modules."""
+        return super().extra_repr() + (", nonlinearity=leaky_relu" if self.nonlinearity == "leaky_relu" else "")
+
     def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         input, *others = args
         is_plain = options.keys() <= {"batch_sizes", "reverse", "meet", "packing"} and options["batch_sizes"] is None
@@ -353,7 +357,8 @@ class SLSTM(LayerStack):
 
         z = tanh(W_iz x + b_iz + W_hz h + b_hz)
         o = sigmoid(W_io x + b_io + W_ho h + b_ho)
-        m' = max(log f + m, i)  with i = W_ii x + b_ii + W_hi h + b_hi, f = sigmoid(W_if x + b_if + W_hf h + b_hf)
+        m' = max(log f + m, i)  with i = W_ii x + b_ii + W_hi h + b_hi, f = sigmoid(W_if x + b_if + W_hf h + b_hf);
+             i where n is 0: nothing has been stored
         c = exp(log f + m - m') c + exp(i - m') z
         n = exp(log f + m - m') n + exp(i - m')
         h = o c / n

@@ -22,8 +22,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Raises:
         ImportError: If onnxscript is not installed.
-        NotImplementedError: From the export, for what ONNX has no form for: packed input, projections, resets, zoneout,
-            masks and the cells that torch.nn has not.
+        torch.onnx.OnnxExporterError: From the export, for what ONNX has no form for: packed input, projections, resets,
+            zoneout, masks, all cell states and the cells that torch.nn does not have.
     """
     from onnxscript import opset18
 

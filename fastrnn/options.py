@@ -11,6 +11,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from fastrnn.autograd import is_tracing
+
 Layer = Callable[..., tuple[Tensor, ...]]
 
 
@@ -30,7 +32,9 @@ class RecurrentOptions(TypedDict, total=False):
             [-grad_clip, grad_clip]. None: not at all. In second derivatives what comes from the loss and what comes
             from a first derivative are clamped each for itself.
         checkpoint: Backward runs the layer again, that many steps at a time, in place of keeping its gates: it keeps
-            the output and one chunk of gates. None: it keeps all.
+            the output and one chunk of gates. None: it keeps all. Exported and traced programs keep no gates anyway,
+            and hold the layer whole; graphs of torch.compile hold the chunks of one length, and are made anew for
+            another. Under torch.compile not with packed sequences.
 
     Masks are drawn from torch's generator of the device: torch.manual_seed makes them reproducible.
     """
@@ -57,20 +61,22 @@ class Options:
         rates = {"recurrent_dropout": (self.recurrent_dropout,), "weight_dropout": (self.weight_dropout,)}
         for name, values in (rates | {"zoneout": self.zoneouts}).items():
             for value in values:
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                if not _is_number(value, (int, float)) or not 0 <= value < 1:
                     raise ValueError(f"expected {name} to be a number in range [0, 1), got {value!r}")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise ValueError(f"expected grad_clip to be positive or None, got {self.grad_clip!r}")
-        if self.checkpoint is not None and (not isinstance(self.checkpoint, int) or self.checkpoint < 1):
-            raise ValueError(f"expected checkpoint to be a positive number of steps or None, got {self.checkpoint!r}")
+        clip, steps = self.grad_clip, self.checkpoint
+        if clip is not None and (not _is_number(clip, (int, float)) or not clip > 0):
+            raise ValueError(f"expected grad_clip to be positive or None, got {clip!r}")
+        if steps is not None and (not _is_number(steps, int) or steps < 1):
+            raise ValueError(f"expected checkpoint to be a positive number of steps or None, got {steps!r}")
 
     @property
     def zoneouts(self) -> tuple[float, float]:
         """The rates for h and c."""
-        both = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
-        if len(both) != 2:
+        if not isinstance(self.zoneout, (tuple, list)):
+            return self.zoneout, self.zoneout
+        if len(self.zoneout) != 2:
             raise ValueError(f"expected zoneout to be a number or two, for h and c, got {self.zoneout!r}")
-        return both
+        return self.zoneout[0], self.zoneout[1]
 
     def controls(self, input: Tensor, h0: Tensor, hidden: int, states: int, training: bool) -> dict[str, Any]:
         """What the options ask of one run of one layer: arguments of `fastrnn.ops`.
@@ -100,9 +106,13 @@ class Options:
         self, layer: Layer, input: Tensor, weights: Sequence[Any], states: Sequence[Tensor], **arguments: Any
     ) -> Any:
         """Runs a layer, in chunks of `checkpoint` steps where that is asked for."""
-        if self.checkpoint is None or not torch.is_grad_enabled():
+        if self.checkpoint is None or not torch.is_grad_enabled() or torch.compiler.is_exporting() or is_tracing():
             return layer(input, *weights, *states, **arguments)
         return run_in_chunks(layer, self.checkpoint, input, weights, states, **arguments)
+
+
+def _is_number(value: Any, kinds: Any) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 NO_OPTIONS = Options()

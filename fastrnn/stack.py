@@ -110,6 +110,8 @@ class LayerStack(PacksWeights, nn.RNNBase):
             self.options = Options(**options)
         if self.proj_size > 0 and self.options.zoneouts[0] > 0:
             raise ValueError("expected zoneout of h to be 0 with proj_size, got " + str(self.options.zoneouts[0]))
+        if self.mode != "LSTM" and isinstance(self.options.zoneout, (tuple, list)):
+            raise ValueError(f"expected zoneout to be one number, of h, got {self.options.zoneout}")
 
     layer_norm: bool = False
     _beyond: tuple[str, ...] = ("layer_norm",)  # attributes that torch.nn's modules have not
@@ -299,6 +301,8 @@ class LayerStack(PacksWeights, nn.RNNBase):
         """
         directions = 2 if self.bidirectional else 1
         runs = self.num_layers * directions
+        if len(self._all_weights) != runs or ("bias_ih_l0" in self._all_weights[0]) != self.bias:
+            raise RuntimeError("expected num_layers, bidirectional and bias to be what the weights were made for")
         zeros: States = ()
         if states is None:
             zeros = self._zeros(input, input.size(1) if batch_sizes is None else int(batch_sizes[0]))
@@ -357,8 +361,9 @@ class LayerStack(PacksWeights, nn.RNNBase):
         drawn = options.controls(input, states[0], self.hidden_size, len(states), self.training)
         if where["reverse"] and "reset" in controls:
             # A sequence that begins at t ends, seen from behind, at t: the states are reset before t - 1.
-            begins = controls["reset"]
-            controls = controls | {"reset": torch.cat([begins[1:], torch.zeros_like(begins[:1])])}
+            ends = controls["reset"].roll(-1, 0)
+            ends[-1] = False
+            controls = controls | {"reset": ends}
         return options.run(self._op, input, (w_ih, w_hh, b_ih, b_hh), states, **where, **named, **controls, **drawn)  # type: ignore[no-any-return]
 
     def _further_weights(self, weights: list[Tensor]) -> dict[str, Any]:

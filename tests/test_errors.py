@@ -286,6 +286,17 @@ def test_cell_modules(cell, bad):
     assert_same_error(lambda namespace: getattr(namespace, f"{name}Cell")(I, H, **options)(input, hx))
 
 
+@pytest.mark.parametrize("change", [{"num_layers": 1}, {"bidirectional": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_of_another_form(cell, change):
+    """torch.nn raises as well, in words that depend on the cell."""
+    name, options = CELLS[cell]
+    module = getattr(fastrnn, name)(I, H, 2, **options)
+    vars(module).update(change)
+    with pytest.raises(RuntimeError, match="what the weights were made for"):
+        module(zeros(T, B, I))
+
+
 def test_rnn_cell_nonlinearity():
     assert_same_error(lambda namespace: namespace.RNNCell(I, H, nonlinearity="gelu")(zeros(B, I)))
 

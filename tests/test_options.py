@@ -330,6 +330,8 @@ def test_representation_shows_what_goes_beyond_torch_nn():
     assert repr(module) == "LSTM(3, 4, num_layers=2, layer_norm=True, forget_bias=1.0, zoneout=0.1)"
     assert repr(fastrnn.GRU(3, 4, reset_after=False)) == "GRU(3, 4, reset_after=False)"
     assert repr(fastrnn.GRU(3, 4)) == repr(nn.GRU(3, 4))
+    assert repr(fastrnn.RNN(3, 4, nonlinearity="leaky_relu")) == "RNN(3, 4, nonlinearity=leaky_relu)"
+    assert repr(fastrnn.RNN(3, 4, nonlinearity="relu")) == repr(nn.RNN(3, 4, nonlinearity="relu"))
 
 
 @pytest.mark.parametrize("name", ("gru", "lstm", "slstm", "gru_norm", "lstm_norm"))
@@ -344,6 +346,44 @@ def test_compiled_without_a_graph_break(name):
         output, _ = run(input, lengths=LENGTHS, reset=reset)
         results.append([output, *gradients([output], module, input)])
     assert_same(*results)
+
+
+class Call(nn.Module):
+    """A module with all that a call may say."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.options = {"return_cell_states": True} if isinstance(module, fastrnn.LSTM) else {}
+
+    def forward(self, input, lengths, reset):
+        output, states, *cells = self.module(input, lengths=lengths, reset=reset, **self.options)
+        return output, *states_of(states), *cells
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("make", ("trace", "export"))
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_programs_of_calls_with_everything(make, name):
+    """Of other lengths than they were made with, with gradients; `checkpoint`, which programs do without, is no bar."""
+    call = Call(build(name, num_layers=2, bidirectional=True, grad_clip=0.5, checkpoint=3)).eval()
+    T_, B_ = torch.export.Dim("T", min=2), torch.export.Dim("B", min=2)
+    first, second = (
+        (draw(T, B, I).requires_grad_(), torch.tensor([T, 1, 0, T, 4][:B]), draw(T, B, seed=2) > 0.5)
+        for T, B in ((9, 5), (7, 3))
+    )
+    second[1].clamp_(max=7)
+    if make == "trace":
+        program = torch.jit.trace(call, first)
+    else:
+        program = torch.export.export(call, first, dynamic_shapes=({0: T_, 1: B_}, {0: B_}, {0: T_, 1: B_})).module()
+    for arguments in (first, second):
+        expected, got = call(*arguments), program(*arguments)
+        assert_same(got, expected)
+        assert_same(
+            torch.autograd.grad(sum(o.sin().sum() for o in got), arguments[0]),
+            torch.autograd.grad(sum(o.sin().sum() for o in expected), arguments[0]),
+        )
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
@@ -406,8 +446,12 @@ def test_float16_knows_inactive_units_of_the_smallest_states():
         ("lstm", {"weight_dropout": -0.1}, r"weight_dropout to be a number in range \[0, 1\), got -0.1"),
         ("lstm", {"zoneout": (0.1, 1.5)}, r"zoneout to be a number in range \[0, 1\), got 1.5"),
         ("lstm", {"zoneout": (0.1, 0.1, 0.1)}, "zoneout to be a number or two"),
+        ("gru", {"zoneout": (0.1, 0.1)}, r"zoneout to be one number, of h, got \(0.1, 0.1\)"),
         ("gru", {"grad_clip": 0.0}, "grad_clip to be positive or None, got 0.0"),
+        ("gru", {"grad_clip": "1"}, "grad_clip to be positive or None, got '1'"),
+        ("gru", {"grad_clip": True}, "grad_clip to be positive or None, got True"),
         ("gru", {"checkpoint": 0}, "checkpoint to be a positive number of steps or None, got 0"),
+        ("gru", {"checkpoint": True}, "checkpoint to be a positive number of steps or None, got True"),
         ("projected", {"zoneout": 0.1}, "zoneout of h to be 0 with proj_size, got 0.1"),
         ("slstm", {"zoneout": 0.1}, "zoneout to be 0 for SLSTM"),
         ("coupled", {"peephole": True}, "at most one of coupled, peephole and layer_norm to be True"),
