@@ -8,7 +8,7 @@ to it (optimizers, DDP, tied weights) stay as they are.
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fastrnn import cells, modules
+from fastrnn.packing import PacksWeights
 
 _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: modules.RNN,
@@ -31,8 +32,6 @@ _NAMES = {theirs.__name__ for theirs in _PAIRS}
 _FORWARDS = {theirs: theirs.forward for theirs in _PAIRS}
 # Where torch derives a class of its own from that of a module, which holds properties or methods and is the last base.
 _DERIVING = ("torch.nn.utils.parametrize", "torch.distributed.fsdp")
-_patching, _patches = threading.Lock(), 0  # how many blocks of `patch` are open; those of threads may overlap
-_inits: dict[type[nn.Module], Any] = {}  # what the first of them found
 _MARK = "_fastrnn_converted"  # an attribute of what was converted; it goes along with copies and pickles
 
 
@@ -43,15 +42,18 @@ class Conversion:
     Attributes:
         converted: Name to class, such as "encoder.rnn": "LSTM".
         left_alone: Name to the reason why a recurrent module still is what it was.
+        already: Name to class of the modules that were fastrnn's before.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
+    already: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line per module."""
         lines = [f"converted {name or '(the model)'}: {kind}" for name, kind in self.converted.items()]
         lines += [f"left alone {name or '(the model)'}: {reason}" for name, reason in self.left_alone.items()]
+        lines += [f"fastrnn's already {name or '(the model)'}: {kind}" for name, kind in self.already.items()]
         return "\n".join(lines) or "no recurrent module found"
 
 
@@ -78,6 +80,8 @@ def convert(model: nn.Module) -> Conversion:
             _swap(module, _PAIRS[base])
             setattr(module, _MARK, True)
             result.converted[name] = base.__name__
+        elif isinstance(module, PacksWeights):
+            result.already[name] = base.__name__
     return result
 
 
@@ -101,31 +105,48 @@ def revert(model: nn.Module) -> None:
         _swap(module, _INVERSE[_base(type(module))])
 
 
+class Replacement:
+    """A method of some classes, replaced while a `with` block of this is open: those of several threads may overlap."""
+
+    def __init__(self, classes: Iterable[type], method: str, replace: Callable[[Any, type], Any]) -> None:
+        """Takes the method's name and how to replace it: replace(what it is, the class)."""
+        self._classes, self._method, self._replace = tuple(classes), method, replace
+        self._lock, self._blocks = threading.Lock(), 0
+        self._originals: list[Any] = []
+
+    def __enter__(self) -> None:
+        """Replaces the method, unless another block has."""
+        with self._lock:
+            if self._blocks == 0:
+                self._originals = [getattr(kind, self._method) for kind in self._classes]
+                for kind, original in zip(self._classes, self._originals, strict=True):
+                    setattr(kind, self._method, self._replace(original, kind))
+            self._blocks += 1
+
+    def __exit__(self, *_: Any) -> None:
+        """Puts back what the first block found, unless another block is open."""
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks == 0:
+                for kind, original in zip(self._classes, self._originals, strict=True):
+                    setattr(kind, self._method, original)
+
+
 @contextmanager
 def patch() -> Iterator[None]:
     """While it is active, torch.nn's RNN, GRU, LSTM and cells become fastrnn's as soon as they are built.
 
     However a model names them: `torch.nn.LSTM` and a name imported before both do. Subclasses stay as they are. It acts
-    on all threads. As a context manager or a decorator::
+    on all threads, from the beginning of a `with` block, or of a call of a function that it decorates, to its end::
 
         with fastrnn.patch():
             model = Model()
+
+    Code that asks ``isinstance(module, nn.LSTM)``, to draw the weights of a new model, say, does not find them:
+    build such a model without `patch`, and `convert` it.
     """
-    global _patches
-    with _patching:
-        if _patches == 0:
-            for theirs in _PAIRS:
-                _inits[theirs] = theirs.__init__
-                theirs.__init__ = _converting(theirs.__init__, theirs)  # type: ignore[method-assign]
-        _patches += 1
-    try:
+    with _converted_when_built:
         yield
-    finally:
-        with _patching:
-            _patches -= 1
-            if _patches == 0:
-                for theirs, init in _inits.items():
-                    theirs.__init__ = init  # type: ignore[method-assign]
 
 
 def _converting(init: Callable[..., None], theirs: type[nn.Module]) -> Callable[..., None]:
@@ -136,6 +157,9 @@ def _converting(init: Callable[..., None], theirs: type[nn.Module]) -> Callable[
             convert(self)
 
     return init_and_convert
+
+
+_converted_when_built = Replacement(_PAIRS, "__init__", _converting)
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

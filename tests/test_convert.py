@@ -156,7 +156,8 @@ def test_convert_twice_is_convert_once(model):
     fastrnn.convert(model)
     again = fastrnn.convert(model)
     assert again.converted == again.left_alone == {}
-    assert str(again) == "no recurrent module found"
+    assert again.already["layers.lstm"] == "LSTM"
+    assert "fastrnn's already layers.lstm: LSTM" in str(again)
     fastrnn.revert(model)
     assert type(model.layers["lstm"]) is nn.LSTM
 

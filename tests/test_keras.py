@@ -370,6 +370,14 @@ def fresh_import():
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+def test_patches_may_overlap():
+    first, second = fast.patch(), fast.patch()
+    first.close()
+    assert keras.layers.LSTM.inner_loop is fast._inner_loop
+    second.close()
+    assert keras.layers.LSTM.inner_loop is fast._KERAS_LOOPS["LSTM"]
+
+
 def test_another_backend_is_an_error(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(
