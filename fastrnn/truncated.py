@@ -34,15 +34,16 @@ def chunks(
         input: The whole sequence, (T, ...) or with time at `dim`.
         length: Steps of a chunk. The last chunk holds what remains.
         state: The state before the first step; None for the model's own initial state.
-        dim: The dimension of time. By default that of the module's option `batch_first`, and 0 for other models.
+        dim: The dimension of time. An RNN, GRU or LSTM tells it itself, by its option `batch_first`; for other models
+            it must be given.
 
     Yields:
         Output and state after each chunk. The state is not detached: a loss may depend on it.
 
     Raises:
         TypeError: If `input` is not a tensor.
-        ValueError: If `length` is not positive, `dim` is not a dimension of the input, or the module is bidirectional:
-            its other direction begins at the end of the sequence.
+        ValueError: If `length` is not positive, `dim` is missing or not a dimension of the input, or the module is
+            bidirectional: its other direction begins at the end of the sequence.
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"chunks: expected input to be a Tensor, got {type(input).__name__}")
@@ -51,7 +52,9 @@ def chunks(
     if isinstance(model, nn.RNNBase) and model.bidirectional:
         raise ValueError("chunks: expected model to have one direction, got a bidirectional one")
     if dim is None:
-        dim = 1 if isinstance(model, nn.RNNBase) and model.batch_first and input.dim() == 3 else 0
+        if not isinstance(model, nn.RNNBase):  # one that takes the batch first would be cut into other sequences
+            raise ValueError("chunks: expected dim, the dimension of time, which only an RNN, GRU or LSTM tells itself")
+        dim = 1 if model.batch_first and input.dim() == 3 else 0
     if not -input.dim() <= dim < input.dim():
         raise ValueError(f"chunks: expected dim to be one of the {input.dim()} of input, got {dim}")
     return _chunks(model, input, length, state, dim)

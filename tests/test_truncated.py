@@ -123,6 +123,7 @@ def test_detach_keeps_the_form():
         ({"length": 0}, ValueError, "expected length to be at least 1, got 0"),
         ({"model": fastrnn.LSTM(I, H, bidirectional=True)}, ValueError, "expected model to have one direction"),
         ({"dim": 3}, ValueError, "expected dim to be one of the 3 of input, got 3"),
+        ({"model": nn.Sequential(fastrnn.LSTM(I, H, batch_first=True))}, ValueError, "expected dim, the dimension of"),
     ],
 )
 def test_bad_arguments_are_named_at_once(arguments, error, message):
