@@ -79,7 +79,7 @@ def call_autocast(
     h of a GRU and mostly the c of an LSTM. `promotes` tells for each result whether it is so.
     """
     device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return run(input, weights, states, *rest)
     dtype = torch.get_autocast_dtype(device)
 

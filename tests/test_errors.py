@@ -400,7 +400,9 @@ def test_enormous_sizes():
         outcomes = pool.submit(enormous_outcomes).result(timeout=120)
     assert len(outcomes) == len(CELLS) * len(ENORMOUS)
     for (cell, sizes), (error, words) in outcomes.items():
-        assert error is RuntimeError and re.search("memory|overflow|too large", words), f"{cell}, {sizes}: {words}"
+        # Before torch 2.13 the operators are told nothing of its errors.
+        expected = "memory|overflow|too large" + ("|torch printed why" if torch.__version__ < "2.13" else "")
+        assert error is RuntimeError and re.search(expected, words), f"{cell}, {sizes}: {words}"
 
 
 def test_meta_shapes_do_not_overflow():
