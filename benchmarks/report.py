@@ -208,11 +208,7 @@ def print_tables(console: Console, rows: list[Row]) -> None:
         console.print("limit = least time by the machine's measured peaks / time of fastrnn", style="dim")
     for row in (row for row in rows if not row.theirs):
         console.print(f"n/a: {row.baseline}, {row.case}: {row.note}", style="dim")
-    verdicts = Counter(row.verdict for row in rows if row.theirs)
-    console.print(
-        f"{verdicts.total()} ratios: {verdicts[WIN]} faster, {verdicts[OPEN]} not resolved, {verdicts[LOSS]} slower.",
-        style="bold",
-    )
+    console.print(_tally(row for row in rows if row.theirs), style="bold")
 
 
 def _table(title: str, rows: list[Row], modes: list[str]) -> Table:
@@ -260,11 +256,15 @@ def markdown(rows: list[Row]) -> str:
                 lines.append(f"| {shape} | " + " | ".join(values) + " |")
             means = [geometric_mean(row for key, row in last.items() if key[1:] == column) for column in columns]
             lines.append("| geometric mean | " + " | ".join(f"**{mean:.2f}**" for mean in means) + " |")
-            losses = sum(row.verdict == LOSS for row in last.values())
-            lines += ["", f"{len(last)} measurements, {losses} of them slower."]
+            lines += ["", _tally(last.values())]
             parts.append("\n".join(lines))
         parts.append(_conditions(of_device))
     return "\n\n".join([*parts, " ".join(LEGEND.split()) + "."])
+
+
+def _tally(rows: Iterable[Row]) -> str:
+    verdicts = Counter(row.verdict for row in rows)
+    return f"{verdicts.total()} ratios: {verdicts[WIN]} faster, {verdicts[OPEN]} not resolved, {verdicts[LOSS]} slower."
 
 
 def _conditions(rows: list[Row]) -> str:

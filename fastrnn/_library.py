@@ -46,8 +46,11 @@ def allows_tf32() -> bool:
     return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def _failure(
-    fact: str, remedy: str = "build it with `pip install --no-build-isolation .` in the source tree"
-) -> ImportError:
+def _failure(fact: str, remedy: str | None = None) -> ImportError:
+    if remedy is None:
+        tree = Path(__file__).parents[1]
+        remedy = "build it with `pip install --no-build-isolation .` in the source tree"
+        if (tree / "setup.py").exists():  # an installed package may be elsewhere, and this folder hides it
+            remedy = f"{tree} is the source tree: `make build` builds there, or run Python in another folder"
     # The name lets `python -m fastrnn` end with the message alone, without a traceback.
     return ImportError(f"fastrnn: {fact}; {remedy}", name="fastrnn")

@@ -166,6 +166,8 @@ def test_a_part_that_does_not_load_says_what_to_do(
     assert "`pip install --no-build-isolation .`" in lines[-1]
     if arguments[0] == "-m":
         assert len(lines) == 1
+    (tmp_path / "setup.py").touch()
+    assert f"{tmp_path} is the source tree: `make build`" in run_python(*arguments, packages=tmp_path).stderr
 
 
 def test_an_old_torch_says_what_to_do() -> None:
