@@ -119,11 +119,46 @@ struct Operator {
     }
   }
 
+  // Kernels read what was saved at the places that the sizes of the arguments tell.
+  static void check_saved(const Layer& layer, const BackwardCall& call) {
+    const Arguments& a = call.arguments;
+    const auto expect = [&](const char* name, const MaybeTensor& t, bool is_saved, int64_t rows, int64_t width,
+                            ScalarType dtype) {
+      check(t.has_value() == is_saved, a.op, ": expected ", name, " to be ",
+            is_saved ? "a tensor, got None" : "None, got a tensor");
+      if (!t) return;
+      a.expect_shape(name, *t, {rows, width});
+      a.expect_dtype(name, *t, dtype);
+      a.expect_device(name, *t);
+    };
+    const int64_t N = layer.N, H = layer.H, P = layer.P;
+    const ForwardResult& saved = call.saved;
+    expect("saved_gates", saved.saved_gates, C::kSaved > 0, N, C::kSaved * H, layer.storage);
+    expect("saved_c", saved.saved_c, C::kStates > 1, (C::kStates - 1) * N, H, acc_dtype(layer.storage));
+    expect("saved_m", saved.saved_m, a.w_hr.has_value(), N, H, layer.storage);
+    expect("h_in", saved.h_in, a.controls.h_mask.has_value(), N, P, layer.storage);
+
+    std::vector<int64_t> of_output = sizes_of(a.input), of_cells = of_output;
+    of_output.back() = P;
+    of_cells.back() = H;
+    a.expect("output", saved.output, of_output);
+    const auto expect_gradient = [&](const char* name, const MaybeTensor& t, const auto& sizes) {
+      if (!t) return;
+      a.expect_shape(name, *t, sizes);
+      a.expect_device(name, *t);
+    };
+    expect_gradient("grad_output", call.d.output, of_output);
+    expect_gradient("grad_h_n", call.d.h_n, sizes_of(a.h0));
+    if (a.c0) expect_gradient("grad_c_n", call.d.c_n, sizes_of(*a.c0));
+    expect_gradient("grad_cells", call.d.cells, of_cells);
+  }
+
   static ForwardResult run(const Layer& layer, const ForwardCall& call) {
     check_packed(layer, call.arguments);
     return stored(P::forward(layer, call.save, call.return_cells), call);
   }
   static Gradients run(const Layer& layer, const BackwardCall& call) {
+    check_saved(layer, call);
     return gradients(layer, P::backward(layer, call.saved, call.d, call.need_states), call);
   }
 
@@ -136,6 +171,8 @@ struct Operator {
   }
   static std::array<Gradients, 2> run_together(const Layer& layer_a, const Layer& layer_b, const BackwardCall& a,
                                                const BackwardCall& b) {
+    check_saved(layer_a, a);
+    check_saved(layer_b, b);
     const auto [of_a, of_b] = P::backward_both(layer_a, layer_b, a.saved, b.saved, a.d, b.d, a.need_states);
     return {gradients(layer_a, of_a, a), gradients(layer_b, of_b, b)};
   }
@@ -235,8 +272,8 @@ BackwardCall h_backward(const MaybeTensor& grad_output, const MaybeTensor& grad_
                                         reset, h_mask, zone_h, grad_clip);
   ForwardResult saved;
   saved.output = output;
-  saved.saved_gates = saved_gates;
-  saved.h_in = h_in;
+  saved.saved_gates = dense(saved_gates);
+  saved.h_in = dense(h_in);
   return {std::move(forward.arguments),
           std::move(saved),
           {grad_output, grad_h_n, std::nullopt, std::nullopt},
@@ -306,10 +343,10 @@ BackwardCall c_backward(const MaybeTensor& grad_output, const MaybeTensor& grad_
                                         lengths, reset, h_mask, zone_h, grad_clip, zone_c, return_cells);
   ForwardResult saved;
   saved.output = output;
-  saved.saved_gates = saved_gates;
-  saved.saved_c = saved_c;
-  saved.saved_m = saved_m;
-  saved.h_in = h_in;
+  saved.saved_gates = dense(saved_gates);
+  saved.saved_c = dense(saved_c);
+  saved.saved_m = dense(saved_m);
+  saved.h_in = dense(h_in);
   return {std::move(forward.arguments),
           std::move(saved),
           {grad_output, grad_h_n, grad_c_n, return_cells ? grad_cells : std::nullopt},

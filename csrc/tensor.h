@@ -86,6 +86,7 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : call("aten::contiguous", "", t, torch::headeronly::MemoryFormat::Contiguous);
 }
+inline MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : std::nullopt; }
 inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return dtype_number(t) == dtype_number(dtype)
              ? t

@@ -338,3 +338,43 @@ def test_nonlinearity_is_checked():
     arguments = LayerCase("rnn_tanh").draw()
     with pytest.raises(ValueError, match="expected nonlinearity 'tanh', 'relu' or 'leaky_relu', got 'gelu'"):
         ops.rnn_layer(*arguments.values(), nonlinearity="gelu")
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"saved_gates": torch.zeros(1, 1)}, r"saved_gates of shape \[6, 16\], got \[1, 1\]"),
+        ({"saved_gates": None}, "saved_gates to be a tensor, got None"),
+        ({"saved_c": torch.zeros(6, 4, dtype=torch.float64)}, "saved_c of dtype float32, got float64"),
+        ({"saved_m": torch.zeros(6, 4)}, "saved_m to be None, got a tensor"),
+        ({"h_in": torch.zeros(6, 4)}, "h_in to be None, got a tensor"),
+        ({"output": torch.zeros(2, 2, 4)}, r"output of shape \[3, 2, 4\], got \[2, 2, 4\]"),
+        ({"grad_output": torch.zeros(1)}, r"grad_output of shape \[3, 2, 4\], got \[1\]"),
+        ({"grad_h_n": torch.zeros(1)}, r"grad_h_n of shape \[2, 4\], got \[1\]"),
+        ({"grad_c_n": torch.zeros(1)}, r"grad_c_n of shape \[2, 4\], got \[1\]"),
+    ],
+)
+def test_backward_looks_at_what_was_saved(saved, message):
+    """It ended the process where the sizes were wrong."""
+    floats = {"input": torch.randn(3, 2, 5), "w_ih": torch.randn(16, 5), "w_hh": torch.randn(16, 4)}
+    floats |= {
+        "b_ih": None,
+        "b_hh": None,
+        "w_hr": None,
+        "w_cell": None,
+        "h0": torch.zeros(2, 4),
+        "c0": torch.zeros(2, 4),
+    }
+    floats |= {"batch_sizes": None, "reverse": False}
+    results = torch.ops.fastrnn.lstm_layer(**floats, save=True)
+    names = ("output", "h_n", "c_n", "cells", "saved_gates", "saved_c", "saved_m", "h_in")
+    given = {k: v for k, v in zip(names, results, strict=True) if k not in ("h_n", "c_n", "cells")} | {
+        "grad_output": torch.ones(3, 2, 4), "grad_h_n": None, "grad_c_n": None, "grad_cells": None
+    }  # fmt: skip
+    needed = {"need_input": True, "need_weights": True, "need_states": True}
+    expected = torch.ops.fastrnn.lstm_layer_backward(**floats, **given, **needed)
+    strided = given | {"saved_gates": given["saved_gates"].t().contiguous().t()}
+    for got, wanted in zip(torch.ops.fastrnn.lstm_layer_backward(**floats, **strided, **needed), expected, strict=True):
+        assert torch.equal(got, wanted)
+    with pytest.raises(RuntimeError, match=f"fastrnn::lstm_layer: expected {message}"):
+        torch.ops.fastrnn.lstm_layer_backward(**floats, **(given | saved), **needed)
