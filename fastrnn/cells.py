@@ -29,7 +29,7 @@ from fastrnn.stack import (
 class _Cell(PacksWeights, nn.RNNCellBase):
     """What the cells share: the forms of the input and the checks. A cell is its layer at T = 1."""
 
-    _name: str  # in the words of torch.nn
+    _kind: str  # of the cell, as of a `LayerStack`
     _promotes: tuple[bool, ...]  # for each state, what `call_autocast` asks
 
     def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
@@ -48,7 +48,7 @@ class _Cell(PacksWeights, nn.RNNCellBase):
         """Runs one step. What goes in and what comes out is said at the class."""
         dim = input.dim()
         if dim not in (1, 2):
-            raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {dim}D instead")
+            raise ValueError(f"{self._kind}Cell: Expected input to be 1D or 2D, got {dim}D instead")
         states = None if hx is None else self._states(hx)
         if dim == 1:
             input = input.unsqueeze(0)
@@ -82,7 +82,7 @@ class _Cell(PacksWeights, nn.RNNCellBase):
 
     def _check_state_dim(self, state: Any, name: str) -> None:
         if state.dim() not in (1, 2):
-            raise ValueError(f"{self._name}: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
+            raise ValueError(f"{self._kind}Cell: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
 
 
 class RNNCell(_Cell):
@@ -103,7 +103,7 @@ class RNNCell(_Cell):
         RuntimeError: As torch.nn.RNNCell, for sizes, dtypes or devices that do not fit.
     """
 
-    _name = "RNNCell"
+    _kind = "RNN"
     _promotes = (False,)
 
     def __init__(
@@ -152,7 +152,7 @@ class GRUCell(_Cell):
         RuntimeError: As torch.nn.GRUCell, for sizes, dtypes or devices that do not fit.
     """
 
-    _name = "GRUCell"
+    _kind = "GRU"
     _promotes = (True,)
 
     def __init__(
@@ -196,7 +196,7 @@ class LSTMCell(_Cell):
         RuntimeError: As torch.nn.LSTMCell, for sizes, dtypes or devices that do not fit.
     """
 
-    _name = "LSTMCell"
+    _kind = "LSTM"
     _promotes = (True, True)
 
     def __init__(

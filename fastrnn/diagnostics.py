@@ -329,7 +329,7 @@ class _Recorder:
                 f"{name} layer {layer}{direction}" for layer in range(module.num_layers) for direction in directions
             ]
         self._labels = itertools.cycle(runs)  # the order of the calls
-        self._cell = type(module).__name__.removesuffix("Cell")
+        self._cell = module._kind
         if self._cell == "RNN" and module.nonlinearity != "tanh":
             self._cell = f"{module.nonlinearity} RNN"
         elif getattr(module, "coupled", False):

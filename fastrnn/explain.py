@@ -14,8 +14,6 @@ from fastrnn.options import NO_OPTIONS
 from fastrnn.packing import reason_against
 from fastrnn.stack import LayerStack, read_weights
 
-_KINDS = ("RNN", "GRU", "LSTM")
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -57,7 +55,6 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
     hidden = options.hidden_size
     projected = hidden if is_cell else options.proj_size or hidden
     layers, directions = (1, 1) if is_cell else (options.num_layers, 1 + options.bidirectional)
-    kind = next(kind for kind in _KINDS if kind in name)
     dtype = _compute_dtype(data)
     gates = options.weight_hh.size(0) if is_cell else options.weight_hh_l0.size(0)
     problem: dict[str, Any] = {"T": T, "B": B, "H": hidden, "gates": gates // hidden}
@@ -72,12 +69,12 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
             label = name if is_cell else f"{name} layer {layer}" + (" reverse" if direction else "")
             sizes = f"T={T} B={B} I={width} H={hidden}" + (f" P={projected}" if projected != hidden else "")
             if data.device.type == "cuda":
-                path = _cuda_path(problem, directions, kind, projected != hidden, dtype, data.device, beyond)
+                path = _cuda_path(problem, directions, module._kind, projected != hidden, dtype, data.device, beyond)
             else:
                 facts = {"I": width, "P": projected, "layers": directions, "widens": taken == "widened"}
                 facts["packed"] = bool(module._packings) and unpacked is None
                 path = _cpu_path(problem | facts | _cell_problem(module))
-                if kind == "RNN" and T == 1 and not beyond:
+                if module._kind == "RNN" and T == 1 and not beyond:
                     path += "; with gradients, and where B or H is small, torch's own operator for one step"
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
     notes = [f"weights do not stay packed: {unpacked}"] if unpacked else []
@@ -183,7 +180,7 @@ def _cuda_path(
         return _C.plan_cuda(
             **problem,
             layers=layers,
-            states=2 if kind == "LSTM" else 1,
+            states=2 if kind.endswith("LSTM") else 1,
             projection=projection,
             arithmetic=arithmetic,  # type: ignore[arg-type]
             backward=backward,

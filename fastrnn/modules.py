@@ -55,6 +55,7 @@ class RNN(LayerStack):
         RuntimeError: As torch.nn.RNN, for sizes, dtypes or devices that do not fit.
     """
 
+    _kind = "RNN"
     _dim_error = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
     def __init__(
@@ -137,6 +138,7 @@ class GRU(LayerStack):
         RuntimeError: As torch.nn.GRU, for sizes, dtypes or devices that do not fit.
     """
 
+    _kind = "GRU"
     _dim_error = "GRU: Expected input to be 2D or 3D, got {}D instead"
 
     def __init__(
@@ -225,6 +227,7 @@ class LSTM(LayerStack):
         RuntimeError: As torch.nn.LSTM, for sizes, dtypes or devices that do not fit.
     """
 
+    _kind = "LSTM"
     _dim_error = "LSTM: Expected input to be 2D or 3D, got {}D instead"
 
     # These look inside a pair of states and call no super(): torch's own serve.
@@ -382,6 +385,7 @@ class SLSTM(LayerStack):
         RuntimeError: For sizes, dtypes or devices that do not fit.
     """
 
+    _kind = "SLSTM"
     _dim_error = "SLSTM: Expected input to be 2D or 3D, got {}D instead"
 
     def __init__(

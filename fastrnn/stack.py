@@ -102,6 +102,7 @@ class LayerStack(PacksWeights, nn.RNNBase):
     The hidden state is one tensor here. LSTM, which has two, overrides the methods that look inside it.
     """
 
+    _kind: str  # of the cell, whatever a subclass is called
     _dim_error: str  # what torch.nn says of input with neither two nor three dimensions
     options: Options = NO_OPTIONS  # of a module that was torch.nn's when it was made
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear, mse_loss
+from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
@@ -437,6 +438,25 @@ def test_a_subclass_is_named_as_the_reason():
 
     with pytest.raises(ValueError, match="Own is a subclass of torch.nn.LSTM"):
         saturation(nn.Sequential(Own(I, H)), torch.zeros(T, B, I))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "SLSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_the_name_of_a_class_tells_nothing(name):
+    base = getattr(fastrnn, name)
+    module = type("LSTMRNNEncoder", (base,), {})(I, H)
+    input = torch.randn(B, I) if name.endswith("Cell") else torch.randn(T, B, I)
+    expected = saturation(base(I, H), input).shares[name if name.endswith("Cell") else f"{name} layer 0"]
+    (shares,) = saturation(module, input).shares.values()
+    assert list(shares) == list(expected)
+
+
+@pytest.mark.parametrize("library", [fastrnn, nn])
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+@pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_parametrized_weights(parametrize, name, library):
+    module = parametrize(getattr(library, name)(I, H), "weight_hh_l0" if name == "LSTM" else "weight_hh").eval()
+    (shares,) = saturation(module, torch.randn(B, I) if name == "GRUCell" else torch.randn(T, B, I)).shares.values()
+    assert list(shares) == list("ifgo" if name == "LSTM" else "rzn")
 
 
 @pytest.mark.parametrize("margin", [0, 0.5, -1])

@@ -364,6 +364,17 @@ def test_explain_a_cell(name, device):
     assert is_left_to_torch == (name == "RNNCell" and device.type == "cpu")
 
 
+@pytest.mark.parametrize("name", ("RNN", "GRU", "LSTM", "SLSTM", *CELL_MODULES))
+def test_explain_a_subclass(name, device):
+    """Its name tells nothing: the answer is that of the class."""
+    base = getattr(fastrnn, name)
+    input = torch.randn(*(() if name in CELL_MODULES else (5,)), 2, 3, device=device)
+    for subclass in ("Enc", "RNNEncoder"):
+        module = type(subclass, (base,), {})(3, 4, device=device)
+        said = str(fastrnn.explain(module, input)).replace(subclass, name)
+        assert said == str(fastrnn.explain(base(3, 4, device=device), input))
+
+
 def test_explain_sees_packing_and_autocast(device):
     packed = pack_sequence([torch.randn(5, 3, device=device), torch.randn(2, 3, device=device)])
     with torch.autocast(device.type, torch.bfloat16):
