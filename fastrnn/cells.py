@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastrnn import ops
 from fastrnn.autograd import is_tracing
-from fastrnn.packing import Packing, PacksWeights
+from fastrnn.packing import PacksWeights
 from fastrnn.stack import (
     NO_SCRIPT,
     Device,
@@ -32,8 +32,8 @@ class _Cell(PacksWeights, nn.RNNCellBase):
     _kind: str  # of the cell, as of a `LayerStack`
     _promotes: tuple[bool, ...]  # for each state, what `call_autocast` asks
 
-    def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
-        """Runs one step, of input (B, I): the states after it."""
+    def _op(self, input: Tensor, *args: Any, library: Any = ops, **options: Any) -> Sequence[Tensor]:
+        """Runs one step, of input (B, I): the states after it. The rest is as of a `LayerStack`."""
         raise NotImplementedError
 
     def _torch_operator(self, input: Tensor, hx: Any, *weights: Any) -> Any:
@@ -123,13 +123,13 @@ class RNNCell(_Cell):
         operator = torch.rnn_relu_cell if self.nonlinearity == "relu" else torch.rnn_tanh_cell
         return operator(input, hx, *weights)
 
-    def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
+    def _op(self, input: Tensor, *args: Any, library: Any = ops, **options: Any) -> Sequence[Tensor]:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        h = ops.rnn_step(self.nonlinearity, input, *args)
+        h = ops.rnn_step(self.nonlinearity, input, *args) if library is ops else None
         if h is not None:
             return (h,)
-        return ops.rnn_layer(input.unsqueeze(0), *args, nonlinearity=self.nonlinearity, packing=packing)[1:]
+        return library.rnn_layer(input.unsqueeze(0), *args, nonlinearity=self.nonlinearity, **options)[1:]  # type: ignore[no-any-return]
 
 
 class GRUCell(_Cell):
@@ -169,8 +169,8 @@ class GRUCell(_Cell):
     def _torch_operator(self, input: Tensor, hx: Any, *weights: Any) -> Any:
         return torch.gru_cell(input, hx, *weights)
 
-    def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
-        return ops.gru_layer(input.unsqueeze(0), *args, packing=packing)[1:]
+    def _op(self, input: Tensor, *args: Any, library: Any = ops, **options: Any) -> Sequence[Tensor]:
+        return library.gru_layer(input.unsqueeze(0), *args, **options)[1:]  # type: ignore[no-any-return]
 
 
 class LSTMCell(_Cell):
@@ -213,8 +213,8 @@ class LSTMCell(_Cell):
     def _torch_operator(self, input: Tensor, hx: Any, *weights: Any) -> Any:
         return torch.lstm_cell(input, hx, *weights)
 
-    def _op(self, input: Tensor, *args: Any, packing: Packing | None = None) -> Sequence[Tensor]:
-        return ops.lstm_layer(input.unsqueeze(0), *args, packing=packing)[1:]
+    def _op(self, input: Tensor, *args: Any, library: Any = ops, **options: Any) -> Sequence[Tensor]:
+        return library.lstm_layer(input.unsqueeze(0), *args, **options)[1:]  # type: ignore[no-any-return]
 
     def _states(self, hx: Any) -> States:
         for index, state in enumerate(hx):

@@ -11,43 +11,37 @@ Letters in shapes: T time, B batch, I input, H hidden.
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu, linear
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import cells
+from fastrnn import cells, reference
 from fastrnn.autograd import Meet
 from fastrnn.convert import convert, revert
 from fastrnn.options import run_in_chunks
-from fastrnn.reference import LAYER_NORM_GROUPS, layer_norm_gates
+from fastrnn.packing import Packing
 from fastrnn.stack import LayerStack
 
 # Okabe and Ito's palette, told apart by every common form of colour vision.
 _COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 
-# The gates of each cell in the order of its weights, and the bounds of each activation. The exponential has none.
-_GATES: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
-    "LSTM": {"i": torch.sigmoid, "f": torch.sigmoid, "g": torch.tanh, "o": torch.sigmoid},
-    "coupled LSTM": {"f": torch.sigmoid, "g": torch.tanh, "o": torch.sigmoid},
-    "SLSTM": {"i": torch.exp, "f": torch.sigmoid, "z": torch.tanh, "o": torch.sigmoid},
-    "GRU": {"r": torch.sigmoid, "z": torch.sigmoid, "n": torch.tanh},
-    "RNN": {"h": torch.tanh},
-    "relu RNN": {"h": torch.relu},
-    "leaky_relu RNN": {"h": leaky_relu},
-}
-_BOUNDS: dict[Callable[[Tensor], Tensor], tuple[float, float]] = {
-    torch.sigmoid: (0.0, 1.0),
-    torch.tanh: (-1.0, 1.0),
-    torch.relu: (0.0, float("inf")),
-    leaky_relu: (0.0, float("inf")),
+# The bounds of the gates that fastrnn.reference hands out, by the kind of cell, or the nonlinearity of an RNN.
+_SIGMOID, _TANH, _RELU = (0.0, 1.0), (-1.0, 1.0), (0.0, float("inf"))
+_BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
+    "LSTM": {"i": _SIGMOID, "f": _SIGMOID, "g": _TANH, "o": _SIGMOID},
+    "SLSTM": {"f": _SIGMOID, "z": _TANH, "o": _SIGMOID},
+    "GRU": {"r": _SIGMOID, "z": _SIGMOID, "n": _TANH},
+    "tanh": {"h": _TANH},
+    "relu": {"h": _RELU},
+    "leaky_relu": {"h": _RELU},
 }
 
 
@@ -168,15 +162,13 @@ def saturation(model: nn.Module, batch: Any, *, margin: float = 0.1) -> Saturati
         raise ValueError(f"saturation: expected margin to be in (0, 0.5), got {margin}")
     inputs = [batch] if isinstance(batch, (Tensor, PackedSequence)) else list(batch)[:-1]
     shares: dict[str, dict[str, tuple[float, float]]] = {}
-    with torch.no_grad():
-        with _step_by_step(model, "saturation") as steps:
-            model(*inputs)
+    with torch.no_grad(), _step_by_step(model, "saturation") as steps:
+        model(*inputs)
         for name, of_run in steps.items():
-            activations, by_step = _GATES[of_run[0].cell], [step.gates() for step in of_run]
+            bounds, by_step = of_run[0].bounds, [step.gates() for step in of_run]
             shares[name] = {
-                gate: _near_bounds(torch.cat([values[gate] for values in by_step]), *_BOUNDS[activation], margin)
-                for gate, activation in activations.items()
-                if activation in _BOUNDS
+                gate: _near_bounds(torch.cat([values[gate] for values in by_step]), *bounds[gate], margin)
+                for gate in by_step[0]
             }
     return Saturation(shares, margin)
 
@@ -235,46 +227,16 @@ def draw(flows: GradientFlow | Mapping[str, GradientFlow], path: str | Path) -> 
 class _Step:
     """One step of one direction of one layer."""
 
-    cell: str  # a key of _GATES
     h: Tensor  # (B, H) after it
     rows: slice | Tensor  # the sequences that take part
-    x: Tensor  # (rows, I)
-    h_prev: Tensor  # (rows, H), as the recurrent product sees it
-    c_prev: Tensor | None  # (rows, H)
-    weights: Sequence[Any]  # w_ih, w_hh, b_ih, b_hh
-    w_peephole: Tensor | None
-    layer_norm: Sequence[Any] | None  # gain_ih, gain_hh and, of an LSTM, more
-    reset_after: bool
+    definition: Callable[..., Any]  # the layer of fastrnn.reference, with the arguments of the step
+    bounds: Mapping[str, tuple[float, float]]  # of its gates
 
     def gates(self) -> dict[str, Tensor]:
-        """The values of the gates, each (rows, H)."""
-        w_ih, w_hh, b_ih, b_hh = self.weights
-        gates = _GATES[self.cell]
-        products = ((self.x, w_ih, b_ih), (self.h_prev, w_hh, b_hh))
-        if self.layer_norm is None:
-            gx, gh = (linear(*product).chunk(len(gates), -1) for product in products)
-        else:
-            groups = LAYER_NORM_GROUPS[self.cell]
-            gx, gh = (
-                layer_norm_gates(linear(x, weight), gain, bias, groups).chunk(len(gates), -1)
-                for (x, weight, bias), gain in zip(products, self.layer_norm, strict=False)
-            )
-        peepholes = {} if self.w_peephole is None else dict(zip("ifo", self.w_peephole.chunk(3), strict=True))
-        values: dict[str, Tensor] = {}
-        c = self.c_prev
-        for (gate, activation), of_x, of_h in zip(gates.items(), gx, gh, strict=True):
-            if self.cell == "GRU" and gate == "n":
-                of_h = values["r"] * of_h
-                if not self.reset_after:
-                    of_h = linear(
-                        values["r"] * self.h_prev, w_hh.chunk(3)[2], None if b_hh is None else b_hh.chunk(3)[2]
-                    )
-            if gate in peepholes and c is not None:
-                if gate == "o":  # which sees the new c
-                    c = values["f"] * c + values["i"] * values["g"]
-                of_h = of_h + peepholes[gate] * c
-            values[gate] = activation(of_x + of_h)
-        return values
+        """The values of the gates, each (rows, H), while the module still is fastrnn's."""
+        gates: list[dict[str, Tensor]] = []
+        self.definition(gates=gates)
+        return {name: values[self.rows] for name, values in gates[0].items()}
 
 
 def _near_bounds(values: Tensor, lower: float, upper: float, margin: float) -> tuple[float, float]:
@@ -321,7 +283,7 @@ class _Recorder:
         """Takes the module, what to call it, and where the steps go."""
         self._op, self._steps, self._recorded = module._op, steps, list[_Step]()
         self._is_stack = isinstance(module, LayerStack)
-        self._reset_after = getattr(module, "reset_after", True)
+        self._bounds = _BOUNDS[module.nonlinearity if module._kind == "RNN" else module._kind]
         runs = [name]
         if self._is_stack:
             directions = ["", " reverse"] if module.bidirectional else [""]
@@ -329,11 +291,6 @@ class _Recorder:
                 f"{name} layer {layer}{direction}" for layer in range(module.num_layers) for direction in directions
             ]
         self._labels = itertools.cycle(runs)  # the order of the calls
-        self._cell = module._kind
-        if self._cell == "RNN" and module.nonlinearity != "tanh":
-            self._cell = f"{module.nonlinearity} RNN"
-        elif getattr(module, "coupled", False):
-            self._cell = f"coupled {self._cell}"
 
     def run(
         self,
@@ -342,9 +299,10 @@ class _Recorder:
         batch_sizes: Tensor | None = None,
         reverse: bool = False,
         meet: Meet | None = None,
+        packing: Packing | None = None,
         **options: Any,
     ) -> tuple[Tensor, ...]:
-        """Takes and returns what the module's `_op` does. Its steps meet with nothing."""
+        """Takes and returns what the module's `_op` does. Its steps meet with nothing, and keep nothing packed."""
         input = input if self._is_stack else input.unsqueeze(0)
         weights, states = weights_and_states[:4], weights_and_states[4:]
         self._recorded.clear()
@@ -359,41 +317,17 @@ class _Recorder:
         input: Tensor,
         *weights_and_states: Any,
         batch_sizes: Tensor | None,
+        recompute: bool,
         lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-        h_mask: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, ...]:
-        weights, states = weights_and_states[:4], weights_and_states[4:]
-        controls = {"lengths": lengths, "reset": reset, "h_mask": h_mask}
-        given = {name: value for name, value in controls.items() if value is not None}
-        if self._is_stack:
-            _, h, *rest = self._op(input, *weights, *states, batch_sizes=batch_sizes, **options, **given)
-        else:
-            h, *rest = self._op(input.squeeze(0), *weights, *states)
+        step = partial(self._op, input if self._is_stack else input.squeeze(0), *weights_and_states)
+        step = partial(step, batch_sizes=batch_sizes, lengths=lengths, **options)
+        h, *rest = step(recompute=recompute)[1 if self._is_stack else 0 :]
         if torch.is_grad_enabled() and not h.requires_grad:  # neither weights nor input need a gradient
             h.requires_grad_()
-        n = input.size(-2)
-        h_prev, *others = (state[:n] for state in states)
-        if reset is not None:
-            h_prev, *others = (torch.where(reset.reshape(n, 1), 0, state) for state in (h_prev, *others))
-        if h_mask is not None:
-            h_prev = h_prev * h_mask[:n]
-        rows: Any = slice(n) if lengths is None else lengths > 0
-        self._recorded.append(
-            _Step(
-                cell=self._cell,
-                h=h,
-                rows=rows,
-                x=input.reshape(n, -1)[rows],
-                h_prev=h_prev[rows],
-                c_prev=others[0][rows] if others else None,
-                weights=weights,
-                w_peephole=options.get("w_peephole"),
-                layer_norm=options.get("layer_norm"),
-                reset_after=self._reset_after,
-            )
-        )
+        rows: Any = slice(input.size(-2)) if lengths is None else lengths > 0
+        self._recorded.append(_Step(h, rows, partial(step, library=reference), self._bounds))
         # From h itself, so that all of the gradient passes through it.
         output = h[rows] if lengths is None else torch.where(rows.unsqueeze(1), h, 0)
         return output if batch_sizes is not None else output.unsqueeze(0), h, *rest

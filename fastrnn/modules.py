@@ -89,14 +89,14 @@ class RNN(LayerStack):
         """As of all modules."""
         return super().extra_repr() + (", nonlinearity=leaky_relu" if self.nonlinearity == "leaky_relu" else "")
 
-    def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+    def _op(self, *args: Any, library: Any = ops, **options: Any) -> tuple[Tensor, ...]:
         input, *others = args
         is_plain = options.keys() <= {"batch_sizes", "reverse", "meet", "packing"} and options["batch_sizes"] is None
         if is_plain and torch.is_grad_enabled() and not is_tracing() and input.size(0) == 1:
             h = ops.rnn_step(self.nonlinearity, input.squeeze(0), *others)
             if h is not None:
                 return h.unsqueeze(0), h.clone()  # apart: the states may be changed in place
-        return ops.rnn_layer(*args, nonlinearity=self.nonlinearity, **options)
+        return library.rnn_layer(*args, nonlinearity=self.nonlinearity, **options)  # type: ignore[no-any-return]
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:
         return False, False
@@ -176,8 +176,8 @@ class GRU(LayerStack):
     reset_after: bool = True  # of a module that was torch.nn's when it was made
     _beyond = ("reset_after", "layer_norm")
 
-    def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-        return ops.gru_layer(*args, reset_after=self.reset_after, **options)
+    def _op(self, *args: Any, library: Any = ops, **options: Any) -> tuple[Tensor, ...]:
+        return library.gru_layer(*args, reset_after=self.reset_after, **options)  # type: ignore[no-any-return]
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:
         return True, True
@@ -318,8 +318,8 @@ class LSTM(LayerStack):
             raise ValueError("expected return_cell_states=False with a PackedSequence, got True: see lengths")
         return self._forward(input, hx, controls | {"return_cells": True})
 
-    def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-        return ops.lstm_layer(*args, coupled=self.coupled, **options)
+    def _op(self, *args: Any, library: Any = ops, **options: Any) -> tuple[Tensor, ...]:
+        return library.lstm_layer(*args, coupled=self.coupled, **options)  # type: ignore[no-any-return]
 
     def _further_weights(self, weights: list[Tensor]) -> dict[str, Any]:
         named = super()._further_weights(weights)
@@ -412,9 +412,9 @@ class SLSTM(LayerStack):
         if self.options.zoneouts != (0, 0):
             raise ValueError(f"expected zoneout to be 0 for SLSTM, got {self.options.zoneout}")
 
-    def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+    def _op(self, *args: Any, library: Any = ops, **options: Any) -> tuple[Tensor, ...]:
         c0 = torch.stack(args[6:])
-        output, h_n, others = ops.slstm_layer(*args[:6], c0, **options)  # type: ignore[call-arg]
+        output, h_n, others = library.slstm_layer(*args[:6], c0, **options)
         return output, h_n, *others.unbind()
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:

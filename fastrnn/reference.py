@@ -18,36 +18,33 @@ from torch.nn.functional import layer_norm as normalise
 from torch.nn.functional import linear, logsigmoid
 
 # A cell takes the gates' share of the input (*, G*H), their share of the hidden state (*, G*H) and the states, each
-# (*, H). It returns the next states, h first.
+# (*, H). It returns the next states, h first, and its gates by name, each (*, H).
 States = tuple[Tensor, ...]
-Cell = Callable[[Tensor, Tensor, States], States]
+Gates = dict[str, Tensor]
+Cell = Callable[[Tensor, Tensor, States], tuple[States, Gates]]
 Norm = Callable[[Tensor], Tensor]
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "leaky_relu": torch.nn.functional.leaky_relu}
 
 
-def rnn_cell(gx: Tensor, gh: Tensor, states: States, nonlinearity: str = "tanh") -> States:
+def rnn_cell(gx: Tensor, gh: Tensor, states: States, nonlinearity: str = "tanh") -> tuple[States, Gates]:
     """Computes h' = tanh(gx + gh), or relu, or leaky_relu with the slope 0.01."""
-    return (_ACTIVATIONS[nonlinearity](gx + gh),)
+    h = _ACTIVATIONS[nonlinearity](gx + gh)
+    return (h,), {"h": h}
 
 
-def gru_gates(gx: Tensor, gh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes r, z = sigmoid(gx + gh); n = tanh(gx + r gh)."""
+def gru_cell(gx: Tensor, gh: Tensor, states: States) -> tuple[States, Gates]:
+    """Computes r, z = sigmoid(gx + gh); n = tanh(gx + r gh); h' = (1 - z) n + z h."""
+    (h,) = states
     gx_r, gx_z, gx_n = gx.chunk(3, -1)
     gh_r, gh_z, gh_n = gh.chunk(3, -1)
     r = torch.sigmoid(gx_r + gh_r)
     z = torch.sigmoid(gx_z + gh_z)
-    return r, z, torch.tanh(gx_n + r * gh_n)
+    n = torch.tanh(gx_n + r * gh_n)
+    return ((1 - z) * n + z * h,), {"r": r, "z": z, "n": n}
 
 
-def gru_cell(gx: Tensor, gh: Tensor, states: States) -> States:
-    """Computes h' = (1 - z) n + z h, with the gates of `gru_gates`."""
-    (h,) = states
-    _, z, n = gru_gates(gx, gh)
-    return ((1 - z) * n + z * h,)
-
-
-def gru_before_cell(gx: Tensor, h: Tensor, states: States, w_hh: Tensor, b_hh: Tensor | None) -> States:
+def gru_before_cell(gx: Tensor, h: Tensor, states: States, w_hh: Tensor, b_hh: Tensor | None) -> tuple[States, Gates]:
     """Computes the GRU that resets before the product: n = tanh(gx + W_hn (r h) + b_hn) (Cho et al., 2014).
 
     Takes h, as the products read it, in place of its share of the gates.
@@ -58,7 +55,7 @@ def gru_before_cell(gx: Tensor, h: Tensor, states: States, w_hh: Tensor, b_hh: T
     r = torch.sigmoid(gx_r + linear(h, w_r, b_r))
     z = torch.sigmoid(gx_z + linear(h, w_z, b_z))
     n = torch.tanh(gx_n + linear(r * h, w_n, b_n))
-    return ((1 - z) * n + z * states[0],)
+    return ((1 - z) * n + z * states[0],), {"r": r, "z": z, "n": n}
 
 
 def lstm_gates(gx: Tensor, gh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,48 +64,50 @@ def lstm_gates(gx: Tensor, gh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
 
 
-def lstm_cell(gx: Tensor, gh: Tensor, states: States) -> States:
+def lstm_cell(gx: Tensor, gh: Tensor, states: States) -> tuple[States, Gates]:
     """Computes c' = f c + i g; h' = o tanh(c'), with the gates of `lstm_gates`."""
     _, c = states
     i, f, g, o = lstm_gates(gx, gh)
     c = f * c + i * g
-    return o * torch.tanh(c), c
+    return (o * torch.tanh(c), c), {"i": i, "f": f, "g": g, "o": o}
 
 
-def coupled_lstm_cell(gx: Tensor, gh: Tensor, states: States) -> States:
+def coupled_lstm_cell(gx: Tensor, gh: Tensor, states: States) -> tuple[States, Gates]:
     """Computes the LSTM with i = 1 - f: three gates f, g, o (Greff et al., 2017)."""
     _, c = states
     f, g, o = (gx + gh).chunk(3, -1)
-    f = torch.sigmoid(f)
-    c = f * c + (1 - f) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    f, g, o = torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    c = f * c + (1 - f) * g
+    return (o * torch.tanh(c), c), {"f": f, "g": g, "o": o}
 
 
-def peephole_lstm_cell(gx: Tensor, gh: Tensor, states: States, w_peephole: Tensor) -> States:
+def peephole_lstm_cell(gx: Tensor, gh: Tensor, states: States, w_peephole: Tensor) -> tuple[States, Gates]:
     """Computes the LSTM whose gates see c: i and f see w_i c and w_f c, o sees w_o c' (Gers et al., 2002)."""
     _, c = states
     w_i, w_f, w_o = w_peephole.chunk(3)
     i, f, g, o = (gx + gh).chunk(4, -1)
-    c = torch.sigmoid(f + w_f * c) * c + torch.sigmoid(i + w_i * c) * torch.tanh(g)
-    return torch.sigmoid(o + w_o * c) * torch.tanh(c), c
+    i, f, g = torch.sigmoid(i + w_i * c), torch.sigmoid(f + w_f * c), torch.tanh(g)
+    c = f * c + i * g
+    o = torch.sigmoid(o + w_o * c)
+    return (o * torch.tanh(c), c), {"i": i, "f": f, "g": g, "o": o}
 
 
-def slstm_cell(gx: Tensor, gh: Tensor, states: States) -> States:
+def slstm_cell(gx: Tensor, gh: Tensor, states: States) -> tuple[States, Gates]:
     """Computes the sLSTM (Beck et al., 2024): m' = max(log f + m, i); c' = f c + i z; n' = f n + i; h' = o c' / n'.
 
-    Here i and f are exponentials relative to m', which keeps them in range and has no gradient; f is a sigmoid before.
-    Where n is 0, nothing has been stored: m' is i.
+    Here i and f are exponentials relative to m', which keeps them in range and has no gradient; f is a sigmoid before,
+    and that is the gate handed out. Where n is 0, nothing has been stored: m' is i.
     """
     _, c, n, m = states
     i, f, z, o = (gx + gh).chunk(4, -1)
-    log_f = logsigmoid(f)
+    log_f, z, o = logsigmoid(f), torch.tanh(z), torch.sigmoid(o)
     stored = n.detach() > 0
     m_next = torch.where(stored, torch.maximum(log_f + m, i), i).detach()
     kept = torch.exp(torch.where(stored, log_f + m.detach() - m_next, -torch.inf))
     i = torch.exp(i - m_next)
-    c = kept * c + i * torch.tanh(z)
+    c = kept * c + i * z
     n = kept * n + i
-    return torch.sigmoid(o) * c / n, c, n, m_next
+    return (o * c / n, c, n, m_next), {"f": torch.sigmoid(f), "z": z, "o": o}
 
 
 # How many gates are normalised together: i, f, g and o; r and z, n.
@@ -142,12 +141,15 @@ def _norms(kind: str, gain_ih: Tensor, gain_hh: Tensor, b_ih: Tensor | None, b_h
     return of_x, partial(layer_norm_gates, gain=gain_hh, bias=b_hh, groups=groups)
 
 
-def layer_norm_lstm_cell(gx: Tensor, gh: Tensor, states: States, gain_c: Tensor, bias_c: Tensor | None) -> States:
+def layer_norm_lstm_cell(
+    gx: Tensor, gh: Tensor, states: States, gain_c: Tensor, bias_c: Tensor | None
+) -> tuple[States, Gates]:
     """Computes c' = f c + i g; h' = o tanh(gain_c LN(c') + bias_c), with the gates of `lstm_gates`."""
     _, c = states
     i, f, g, o = lstm_gates(gx, gh)
     c = f * c + i * g
-    return o * torch.tanh(normalise(c, c.shape[-1:], gain_c, bias_c)), c
+    h = o * torch.tanh(normalise(c, c.shape[-1:], gain_c, bias_c))
+    return (h, c), {"i": i, "f": f, "g": g, "o": o}
 
 
 class _ClipGradient(torch.autograd.Function):
@@ -192,11 +194,12 @@ def _run(
     zone_h: Tensor | None = None,
     grad_clip: float = 0.0,
     zone_c: Tensor | None = None,
+    gates: list[Gates] | None = None,
 ) -> tuple[Tensor, Tensor | None, States]:
     """Steps a cell through time. Returns h and c (if there is one) after every step, and the states after the last.
 
     A cell that `makes_products` itself gets h in place of its share of the gates. `norm` is what happens to the
-    products of the input and of h.
+    products of the input and of h. `gates` takes those of each step.
     """
 
     def steps_of(rows: Tensor) -> Sequence[Tensor]:
@@ -218,7 +221,10 @@ def _run(
         if grad_clip > 0:
             active = tuple(_ClipGradient.apply(state, grad_clip) for state in active)  # type: ignore[no-untyped-call]
         h = active[0] if h_mask is None else active[0] * h_mask[: len(gx)]
-        new = list(cell(gx, h if makes_products else of_h(linear(h, w_hh, b_hh)), active))
+        after, of_step = cell(gx, h if makes_products else of_h(linear(h, w_hh, b_hh)), active)
+        if gates is not None:
+            gates.append(of_step)
+        new = list(after)
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
         for k, zone in enumerate(zones):
@@ -338,8 +344,8 @@ def lstm_layer(
             ``bias_c`` (or None), (H,), of `layer_norm_lstm_cell`. Or None.
         return_cells: Whether to return c after every step.
         options: ``w_hr``, the projection (P, H); ``batch_sizes``, for packed input the number of sequences that reach
-            each step, (T,), int64, not increasing; ``reverse``, to step from the last time to the first; and the
-            controls of `fastrnn.ops.Controls`.
+            each step, (T,), int64, not increasing; ``reverse``, to step from the last time to the first; the controls
+            of `fastrnn.ops.Controls`; and ``gates``, a list to which the gates of each step are appended, by name.
 
     Returns:
         output (T, B, H or P), or packed (N, H or P), h_n (B, H or P) and c_n (B, H); c (T, B, H) with `return_cells`.

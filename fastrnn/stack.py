@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn import ops
 from fastrnn.autograd import is_tracing, side_by_side
 from fastrnn.options import NO_OPTIONS, Options, RecurrentOptions
 from fastrnn.packing import PacksWeights
@@ -143,8 +144,11 @@ class LayerStack(PacksWeights, nn.RNNBase):
             if name.startswith(("gain_", "bias_c_")):
                 nn.init.constant_(parameter, 1.0 if name.startswith("gain_") else 0.0)
 
-    def _op(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-        """Runs one direction of one layer: the output, and the states after the last step."""
+    def _op(self, *args: Any, library: Any = ops, **options: Any) -> tuple[Tensor, ...]:
+        """Runs one direction of one layer: the output, and the states after the last step.
+
+        `library` is fastrnn.ops or fastrnn.reference, whose layers have the same signatures.
+        """
         raise NotImplementedError
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:

@@ -44,7 +44,7 @@ def unrolled(kind, module, input):
         for x in reversed(steps) if direction else steps:
             n = len(x)
             gates = linear(x, w_ih, b_ih), linear(h[:n], w_hh, b_hh)
-            new, *new_c = cell(*gates, (h[:n], c[:n])[: 2 if kind == "LSTM" else 1])
+            (new, *new_c), _ = cell(*gates, (h[:n], c[:n])[: 2 if kind == "LSTM" else 1])
             new = linear(new, *w_hr) if w_hr else new
             new.retain_grad()
             seen.append((gates, new))
@@ -241,6 +241,23 @@ def test_zoneout_and_recurrent_dropout():
 
 def rnn_step(rnn, x, h):
     return torch.tanh(linear(x, rnn.weight_ih_l0, rnn.bias_ih_l0) + linear(h, rnn.weight_hh_l0, rnn.bias_hh_l0))
+
+
+@pytest.mark.parametrize("kind", [*MODULES, "GRU norm", "LSTM norm"])
+def test_gates_are_those_of_the_definition(kind, monkeypatch):
+    """Whatever the cells of fastrnn.reference hand out."""
+    base, _, is_norm = kind.partition(" norm")
+    module = MODULES[base](**({"layer_norm": True} if is_norm else {}))
+
+    def constant(cell, *args, **options):
+        states, gates = cell(*args, **options)
+        return states, {gate: torch.full_like(values, 0.98) for gate, values in gates.items()}
+
+    for name, cell in list(vars(reference).items()):
+        if name.endswith("_cell"):
+            monkeypatch.setattr(reference, name, partial(constant, cell))
+    (shares,) = saturation(module, torch.randn(T, B, I)).shares.values()
+    assert set(shares.values()) == {(0.0, 0.0 if kind == "leaky RNN" else 1.0)}
 
 
 def test_gates_of_the_further_cells():
