@@ -3,7 +3,7 @@
 
 Each layer is run one step at a time, through the same operators, so that every hidden state is a tensor of its own.
 That is slow, and the results of the model are the same. It works for the modules and cells of fastrnn and for those of
-torch.nn, which are converted for the time of the call; the model, its gradients and its mode stay as they are.
+torch.nn, which are converted for the time of the call; the model, its gradients, buffers and mode stay as they are.
 
 Letters in shapes: T time, B batch, I input, H hidden.
 """
@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import cells, reference
 from fastrnn.autograd import Meet
-from fastrnn.convert import convert, revert
+from fastrnn.convert import _named_modules, convert, revert
 from fastrnn.options import run_in_chunks
 from fastrnn.packing import Packing
 from fastrnn.stack import LayerStack
@@ -254,8 +255,9 @@ def _step_by_step(model: nn.Module, caller: str) -> Iterator[dict[str, list[_Ste
         ValueError: At the end, if none ran.
     """
     steps: defaultdict[str, list[_Step]] = defaultdict(list)
-    conversion = convert(model)
     with ExitStack() as stack:
+        stack.enter_context(_copied_buffers(model))
+        conversion = convert(model)
         for name in conversion.converted:
             stack.callback(revert, model.get_submodule(name))
         for name, module in model.named_modules():
@@ -274,6 +276,23 @@ def _step_by_step(model: nn.Module, caller: str) -> Iterator[dict[str, list[_Ste
         raise ValueError(
             f"{caller}: expected model to run a recurrent module of fastrnn or torch.nn, got none{reasons}"
         )
+
+
+@contextmanager
+def _copied_buffers(model: nn.Module) -> Iterator[None]:
+    """Within it the model has copies of its buffers, such as the statistics of BatchNorm, which a call changes.
+
+    To write them back in place would not do: backward reads what a call has kept, and refuses what was written since.
+    """
+    own = [(module._buffers, dict(module._buffers)) for _, module in _named_modules(model)]
+    copies = {buffer: buffer.clone() for buffer in model.buffers() if not is_lazy(buffer)}
+    for buffers, before in own:
+        buffers.update({name: copies.get(buffer, buffer) for name, buffer in before.items()})  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for buffers, before in own:
+            buffers.update(before)
 
 
 class _Recorder:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Gradient flow and saturation, against a loop of `fastrnn.reference`'s cells and plain autograd."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -348,6 +349,37 @@ def test_calls_continue_one_axis_of_time(library):
     norms = torch.stack([grad.norm() for grad in grads])
     torch.testing.assert_close(flow.norms["encoder layer 0"][[3, 5, 7]], norms[:3])
     torch.testing.assert_close(flow.norms["cell"], norms[3:])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_stay_as_they_are(fails):
+    """Statistics of BatchNorm, which backward keeps too, and the power iteration of a spectral norm."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = parametrizations.spectral_norm(nn.RNN(I, H), "weight_hh_l0")
+            self.norm = nn.BatchNorm1d(H)
+            self.tied = self.norm
+            self.register_buffer("none", None)
+
+        def forward(self, x):
+            result = self.tied(self.norm(self.rnn(x)[0].flatten(0, 1)))
+            if fails:
+                raise ArithmeticError
+            return result
+
+    model = Model()
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    batch = torch.randn(T, B, I), torch.randn(T * B, H)
+    for look in (partial(gradient_flow, loss_fn=mse_loss), saturation):
+        with pytest.raises(ArithmeticError) if fails else nullcontext():
+            look(model, batch)
+        assert type(model.rnn).__bases__[-1] is nn.RNN
+        after = dict(model.named_buffers())
+        assert list(after) == list(before)
+        for name, (buffer, value) in before.items():
+            assert after[name] is buffer and torch.equal(buffer, value), name
 
 
 def test_frozen_weights_no_grad_and_states_without_influence():
