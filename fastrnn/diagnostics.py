@@ -102,7 +102,8 @@ def gradient_flow(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Te
 
     Raises:
         TypeError: If `model` is not a module, or `batch` is not a tuple or list of at least two.
-        ValueError: If `loss_fn` returns more than one element, or no recurrent module that can be looked into ran.
+        ValueError: If `loss_fn` returns more than one element, no recurrent module that can be looked into ran, or
+            one got no sequence.
     """
     if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence) or len(batch) < 2:
         raise TypeError(f"gradient_flow: expected batch to be (*inputs, target), got {_form(batch)}")
@@ -157,7 +158,8 @@ def saturation(model: nn.Module, batch: Any, *, margin: float = 0.1) -> Saturati
 
     Raises:
         TypeError: If `model` is not a module.
-        ValueError: If `margin` is out of its range, or no recurrent module that can be looked into ran.
+        ValueError: If `margin` is out of its range, no recurrent module that can be looked into ran, or
+            one got no sequence.
     """
     if not 0 < margin < 0.5:
         raise ValueError(f"saturation: expected margin to be in (0, 0.5), got {margin}")
@@ -252,7 +254,7 @@ def _step_by_step(model: nn.Module, caller: str) -> Iterator[dict[str, list[_Ste
     """Within it, recurrent modules run step by step. At its end the steps are there, by layer and direction, in time.
 
     Raises:
-        ValueError: At the end, if none ran.
+        ValueError: At the end, if none ran, or one of them on nothing.
     """
     steps: defaultdict[str, list[_Step]] = defaultdict(list)
     with ExitStack() as stack:
@@ -276,6 +278,9 @@ def _step_by_step(model: nn.Module, caller: str) -> Iterator[dict[str, list[_Ste
         raise ValueError(
             f"{caller}: expected model to run a recurrent module of fastrnn or torch.nn, got none{reasons}"
         )
+    for name, of_run in steps.items():
+        if not any(len(step.h[step.rows]) for step in of_run):
+            raise ValueError(f"{caller}: expected a batch of at least one sequence, {name} got none")
 
 
 @contextmanager

@@ -508,6 +508,14 @@ def test_parametrized_weights(parametrize, name, library):
     assert list(shares) == list("ifgo" if name == "LSTM" else "rzn")
 
 
+@pytest.mark.parametrize("look", [saturation, partial(gradient_flow, loss_fn=lambda result, _: result[0].sum())])
+def test_a_batch_of_nothing(look):
+    with pytest.raises(ValueError, match="expected a batch of at least one sequence, LSTM layer 0 got none"):
+        look(fastrnn.LSTM(I, H), (torch.zeros(T, 0, I), 0))
+    with pytest.raises(ValueError, match="module layer 0 got none"):
+        look(Call(fastrnn.LSTM(I, H), lengths=torch.zeros(B).long()), (torch.zeros(T, B, I), 0))
+
+
 @pytest.mark.parametrize("margin", [0, 0.5, -1])
 def test_bad_margin(margin):
     with pytest.raises(ValueError, match=r"expected margin to be in \(0, 0.5\)"):
