@@ -25,6 +25,8 @@ from fastrnn.stack import (
     read_weights,
 )
 
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 class _Cell(PacksWeights, nn.RNNCellBase):
     """What the cells share: the forms of the input and the checks. A cell is its layer at T = 1."""
@@ -44,16 +46,32 @@ class _Cell(PacksWeights, nn.RNNCellBase):
         """As of a `LayerStack`."""
         raise NotImplementedError(NO_SCRIPT.format(type(self).__name__))
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """Runs one step. What goes in and what comes out is said at the class."""
+    def _checked(self, input: Tensor) -> tuple[Tensor, None]:
+        """As of a `LayerStack`."""
+        input = input.unsqueeze(0) if self._dim(input) == 1 else input
+        weights = read_weights(self, _WEIGHTS)
+        self._check_sizes(input, weights, None)
+        (input,) = call_autocast(self._check_weights, (False,), input, weights, None)
+        return input.unsqueeze(0), None
+
+    def _check_weights(self, input: Tensor, weights: Sequence[Any], states: None = None) -> States:
+        check_alike(input, "parameter", [*weights[:2], *(bias for bias in weights[2:] if bias is not None)])
+        return (input,)
+
+    def _dim(self, input: Tensor) -> int:
         dim = input.dim()
         if dim not in (1, 2):
             raise ValueError(f"{self._kind}Cell: Expected input to be 1D or 2D, got {dim}D instead")
+        return dim
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Runs one step. What goes in and what comes out is said at the class."""
+        dim = self._dim(input)
         states = None if hx is None else self._states(hx)
         if dim == 1:
             input = input.unsqueeze(0)
             states = states if states is None else [state.unsqueeze(0) for state in states]
-        weights = read_weights(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        weights = read_weights(self, _WEIGHTS)
         if not is_tracing():
             self._check_sizes(input, weights, states)
         step = partial(call_autocast, self._step, self._promotes) if is_autocast_on() else self._step
@@ -65,7 +83,7 @@ class _Cell(PacksWeights, nn.RNNCellBase):
             states = [input.new_zeros(input.size(0), self.hidden_size)] * len(self._promotes)
         else:
             check_alike(input, "hidden", states)
-        check_alike(input, "parameter", weights[:2] + [bias for bias in weights[2:] if bias is not None])
+        self._check_weights(input, weights)
         packings = self._packings_in_use()
         return self._op(input, *weights, *states, packing=packings[0] if packings else None)
 

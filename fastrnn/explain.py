@@ -41,6 +41,7 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
 
     Raises:
         TypeError: If the module is not recurrent.
+        ValueError, RuntimeError: As a call of the module, for an input that does not fit it.
     """
     if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         raise TypeError(f"expected an RNN, GRU, LSTM or cell, got {type(module).__name__}")
@@ -50,12 +51,12 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
 
     is_cell = isinstance(module, nn.RNNCellBase)
     options: Any = module  # Module.__getattr__ has no type for them
-    data = input.data if isinstance(input, PackedSequence) else input
-    T, B = _steps_and_rows(module, input)
+    data, batch_sizes = options._checked(input)
+    T, B = data.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
     hidden = options.hidden_size
     projected = hidden if is_cell else options.proj_size or hidden
     layers, directions = (1, 1) if is_cell else (options.num_layers, 1 + options.bidirectional)
-    dtype = _compute_dtype(data)
+    dtype = data.dtype
     gates = options.weight_hh.size(0) if is_cell else options.weight_hh_l0.size(0)
     problem: dict[str, Any] = {"T": T, "B": B, "H": hidden, "gates": gates // hidden}
     beyond = None if is_cell else _beyond_torch(module)
@@ -114,24 +115,6 @@ def _beyond_torch(module: Any) -> str | None:
         return "leaky_relu"
     changing = ("recurrent_dropout", "zoneout", "grad_clip")
     return next((name for name in changing if getattr(module.options, name) != getattr(NO_OPTIONS, name)), None)
-
-
-def _steps_and_rows(module: Any, input: Tensor | PackedSequence) -> tuple[int, int]:
-    if isinstance(input, PackedSequence):
-        return len(input.batch_sizes), int(input.batch_sizes[0])
-    if isinstance(module, nn.RNNCellBase):
-        return 1, input.size(0) if input.dim() == 2 else 1
-    if input.dim() == 2:
-        return input.size(0), 1
-    T, B = input.shape[:2]
-    return (B, T) if module.batch_first else (T, B)
-
-
-def _compute_dtype(data: Tensor) -> torch.dtype:
-    device = data.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and data.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return data.dtype
 
 
 def _cpu_takes(dtype: torch.dtype, beyond: str | None) -> str | None:

@@ -171,6 +171,23 @@ class LayerStack(PacksWeights, nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take the weights where they are."""
 
+    def _checked(self, input: Any) -> tuple[Tensor, Tensor | None]:
+        """The input as layers read it, (T, B, I) or packed with batch_sizes. Raises what a call with it alone would."""
+        if isinstance(input, PackedSequence):
+            input, batch_sizes = input.data, input.batch_sizes
+        else:
+            batch_sizes = None
+            if self._dim(input) == 2:
+                input = input.unsqueeze(0 if self.batch_first else 1)
+        self._check(input, None, batch_sizes)
+        input = input.transpose(0, 1) if self.batch_first and batch_sizes is None else input
+        (input,) = call_autocast(self._check_weights, (False,), input, self._flat_weights, None)
+        return input, batch_sizes
+
+    def _check_weights(self, input: Tensor, weights: Sequence[Any], states: None = None) -> States:
+        check_alike(input, "parameter", weights)
+        return (input,)
+
     def forward(
         self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Any, Any]:
@@ -189,9 +206,7 @@ class LayerStack(PacksWeights, nn.RNNBase):
             packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return packed, self.permute_hidden(hx, unsorted_indices), None
 
-        dim = input.dim()
-        if dim not in (2, 3):
-            raise ValueError(self._dim_error.format(dim))
+        dim = self._dim(input)
         if hx is not None:
             self._check_hx_dim(hx, dim)
         if dim == 3:
@@ -202,6 +217,12 @@ class LayerStack(PacksWeights, nn.RNNBase):
         output, hx, cells = self._run(input.unsqueeze(batch_dim), hx, controls)
         cells = None if cells is None else cells.squeeze(batch_dim)
         return output.squeeze(batch_dim), as_hx([state.squeeze(1) for state in self._states(hx)]), cells
+
+    def _dim(self, input: Tensor) -> int:
+        dim = input.dim()
+        if dim not in (2, 3):
+            raise ValueError(self._dim_error.format(dim))
+        return dim
 
     def _sequence_controls(self, input: Any, lengths: Tensor | None, reset: Tensor | None) -> dict[str, Any]:
         """Checks what is said of the steps of a sequence, and lays it out as the operators want it."""
@@ -313,7 +334,7 @@ class LayerStack(PacksWeights, nn.RNNBase):
             zeros = self._zeros(input, input.size(1) if batch_sizes is None else int(batch_sizes[0]))
         else:
             check_alike(input, "hidden", states)
-        check_alike(input, "parameter", weights)
+        self._check_weights(input, weights)
         packings = self._packings_in_use()
         if runs == 1:
             own = zeros or [state.squeeze(0) for state in states or ()]

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -382,6 +383,39 @@ def test_explain_sees_packing_and_autocast(device):
     assert explanation.layers[0].startswith("GRU layer 0 (T=5 B=2 I=3 H=4 bfloat16)")
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "input",
+    [
+        torch.zeros(5, 2, 9),
+        torch.zeros(5, 2, 3, dtype=torch.float64),
+        torch.zeros(5, 2, 3, dtype=torch.int64),
+        torch.zeros(5, 2, 3, device="meta"),
+        torch.zeros(3),
+        torch.zeros(2, 9),
+        torch.zeros(1, 5, 2, 3),
+        torch.zeros(0, 2, 3),
+        torch.zeros(2, 0, 3),
+        pack_sequence([torch.zeros(5, 9)]),
+        pack_sequence([torch.zeros(5, 3).double()]),
+    ],
+    ids=lambda input: f"{input.data.device}-{input.data.dtype}-{tuple(input.data.shape)}",
+)
+def test_explain_raises_what_a_call_raises(input, autocast):
+    def outcome(function, *arguments):
+        try:
+            function(*arguments)
+        except (RuntimeError, TypeError, ValueError) as error:
+            return type(error), str(error)
+        return None
+
+    modules = [getattr(fastrnn, name)(3, 4) for name in ("RNN", "GRU", "LSTM", "SLSTM")]
+    cells = [getattr(fastrnn, name)(3, 4) for name in CELL_MODULES] if isinstance(input, torch.Tensor) else []
+    with torch.autocast("cpu", enabled=autocast):
+        for module in (*modules, fastrnn.GRU(3, 4, batch_first=True), *cells):
+            assert outcome(fastrnn.explain, module, input) == outcome(module, input), module
+
+
 def test_explain_follows_the_plan(device):
     if device.type != "cpu":
         pytest.skip("the threads are those of the CPU")
@@ -393,26 +427,30 @@ def test_explain_follows_the_plan(device):
         torch.set_num_threads(threads)
 
 
+LSTM = partial(fastrnn.LSTM, 3, 4)
+
+
 @pytest.mark.parametrize(
     ("path", "module", "text"),
     [
-        (None, fastrnn.LSTM(3, 4), "path gates (a matrix product and a fused gate kernel per step)"),
-        (None, fastrnn.LSTM(3, 4, peephole=True), "peephole has no persistent kernel"),
-        ("gates", fastrnn.LSTM(3, 4), "per step): forced"),
-        ("persistent", fastrnn.LSTM(3, 4), "path persistent (one kernel for the whole sequence"),
+        (None, LSTM, "path gates (a matrix product and a fused gate kernel per step)"),
+        (None, partial(LSTM, peephole=True), "peephole has no persistent kernel"),
+        ("gates", LSTM, "per step): forced"),
+        ("persistent", LSTM, "path persistent (one kernel for the whole sequence"),
         (
             "persistent",
-            fastrnn.GRU(3, 4, bidirectional=True),
+            partial(fastrnn.GRU, 3, 4, bidirectional=True),
             "path persistent (one kernel for the whole sequence, both",
         ),
-        ("persistent", fastrnn.LSTM(3, 4, proj_size=2), "raises: FASTRNN_PATH=persistent cannot serve this layer"),
-        ("persistent", fastrnn.LSTM(3, 4, peephole=True), "raises: FASTRNN_PATH=persistent cannot serve this"),
-        ("persistent", fastrnn.LSTM(3, 2496, device="meta", dtype=torch.float16), "blocks; backward raises: the recur"),
-        ("fast", fastrnn.LSTM(3, 4), "a call raises: FASTRNN_PATH is fast, neither gates nor persistent"),
+        ("persistent", partial(LSTM, proj_size=2), "raises: FASTRNN_PATH=persistent cannot serve this layer"),
+        ("persistent", partial(LSTM, peephole=True), "raises: FASTRNN_PATH=persistent cannot serve this"),
+        ("persistent", partial(fastrnn.LSTM, 3, 2496, dtype=torch.float16), "blocks; backward raises: the recur"),
+        ("fast", LSTM, "a call raises: FASTRNN_PATH is fast, neither gates nor persistent"),
     ],
 )
 def test_explain_a_cuda_path(path, module, text, monkeypatch):
     """Of an H100, with a build that has all kernels."""
+    monkeypatch.setattr(nn.init, "uniform_", lambda *_: None)  # there is no such device to draw on
     facts = SimpleNamespace(
         major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20
     )
@@ -423,6 +461,7 @@ def test_explain_a_cuda_path(path, module, text, monkeypatch):
     if path:
         monkeypatch.setenv("FASTRNN_PATH", path)
     with FakeTensorMode():
+        module = module(device="cuda")
         input = torch.empty(5, 2, 3, device="cuda", dtype=module.weight_hh_l0.dtype)
     assert text in fastrnn.explain(module, input).layers[0]
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
@@ -431,15 +470,16 @@ def test_explain_a_cuda_path(path, module, text, monkeypatch):
 
 
 def test_explain_a_build_without_kernels(monkeypatch):
+    monkeypatch.setattr(nn.init, "uniform_", lambda *_: None)  # there is no such device to draw on
     with FakeTensorMode():
-        input = torch.empty(5, 2, 3, device="cuda")
+        module, input = fastrnn.GRU(3, 4, device="cuda"), torch.empty(5, 2, 3, device="cuda")
     monkeypatch.setattr(_C, "cuda_version", None)
-    assert "a call raises: fastrnn was built without CUDA" in fastrnn.explain(fastrnn.GRU(3, 4), input).layers[0]
+    assert "a call raises: fastrnn was built without CUDA" in fastrnn.explain(module, input).layers[0]
     if hasattr(torch.ops.fastrnn, "refused_launches"):
         pytest.skip("the other half: this build has the persistent kernels")
     monkeypatch.setattr(_C, "cuda_version", "13.0")
     monkeypatch.setenv("FASTRNN_PATH", "persistent")
-    assert "built without FASTRNN_PERSISTENT=1" in fastrnn.explain(fastrnn.GRU(3, 4), input).layers[0]
+    assert "built without FASTRNN_PERSISTENT=1" in fastrnn.explain(module, input).layers[0]
 
 
 def test_explain_where_there_is_no_kernel():
