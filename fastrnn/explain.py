@@ -21,7 +21,7 @@ class Explanation:
 
     Attributes:
         layers: One line per layer and direction: what runs and why.
-        notes: What else decides: dtypes, and features that run in plain torch instead of the kernels.
+        notes: What else there is to know of this module and input, if anything.
     """
 
     layers: tuple[str, ...]
@@ -34,6 +34,11 @@ class Explanation:
 
 def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
     """Tells which path runs each layer of a module, and why, without running it.
+
+    It tells of a call with the input alone. `lengths` and `reset` run the same CPU kernels, and path gates on CUDA.
+    Second and higher derivatives, forward mode (jvp, jacfwd, dual tensors) and torch.compile of a torch.func transform
+    run fastrnn.reference, plain torch. torch.vmap runs the kernels: once where members share their weights, per member
+    in backward and otherwise.
 
     Args:
         module: An RNN, GRU, LSTM or cell, of fastrnn or (the answer is short then) of torch.nn.
@@ -69,7 +74,10 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
         for direction in range(directions):
             label = name if is_cell else f"{name} layer {layer}" + (" reverse" if direction else "")
             sizes = f"T={T} B={B} I={width} H={hidden}" + (f" P={projected}" if projected != hidden else "")
-            if data.device.type == "cuda":
+            if data.device.type not in ("cpu", "cuda"):
+                outcome = "a call works out shapes alone" if data.is_meta else "a call raises"
+                path = f"there is no kernel for {data.device.type}: {outcome}"
+            elif data.device.type == "cuda":
                 path = _cuda_path(problem, directions, module._kind, projected != hidden, dtype, data.device, beyond)
             else:
                 facts = {"I": width, "P": projected, "layers": directions, "widens": taken == "widened"}
@@ -79,7 +87,7 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
                     path += "; with gradients, and where B or H is small, torch's own operator for one step"
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
     notes = [f"weights do not stay packed: {unpacked}"] if unpacked else []
-    return Explanation(tuple(lines), (*notes, *_notes(data, dtype, taken)))
+    return Explanation(tuple(lines), (*notes, *_notes(module, input, dtype, taken, lines)))
 
 
 def _reason_against_packing(module: Any, dtype: torch.dtype) -> str | None:
@@ -195,20 +203,15 @@ def _cuda_path(
     return f"path {path} ({what}): {reason}"
 
 
-def _notes(data: Tensor, dtype: torch.dtype, taken: str | None) -> list[str]:
-    notes = ["lengths= and reset= run the same CPU kernels; on CUDA the path gates alone serves them"]
+def _notes(module: Any, input: Any, dtype: torch.dtype, taken: str | None, lines: list[str]) -> list[str]:
+    notes = []
+    takes_lengths = isinstance(module, nn.RNNBase) and isinstance(input, Tensor) and input.dim() == 3
+    if takes_lengths and any(": path persistent" in line for line in lines):
+        notes.append("calls with lengths= or reset= take path gates")
     # Only builds with persistent kernels have this operator.
     if refused := getattr(torch.ops.fastrnn, "refused_launches", int)():
         notes.append(f"a device refused {refused} persistent kernels in this process: path gates ran instead")
-    if data.device.type not in ("cpu", "cuda"):
-        outcome = "a call works out shapes alone" if data.is_meta else "a call raises"
-        notes.append(f"there is no kernel for {data.device.type}: {outcome}")
     if taken in ("converted", "widened"):
         how = "tensors are converted before and after" if taken == "converted" else "kernels convert as they read"
         notes.append(f"{str(dtype).removeprefix('torch.')} is computed in float32 on this CPU: {how}")
-    notes += [
-        "second and higher derivatives and forward mode (jvp, jacfwd, dual tensors) run fastrnn.reference, plain torch",
-        "torch.vmap runs the kernels: once where members share their weights, per member in backward and otherwise",
-        "torch.compile of a torch.func transform runs fastrnn.reference",
-    ]
     return notes
