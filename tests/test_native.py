@@ -2,6 +2,7 @@
 """Compiles and runs the native tests. A C++ compiler is a requirement of the project: without one these tests fail."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU_FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 
 OPTIMIZE = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # as in setup.py
+FLAGS = ["-std=c++17", *OPTIMIZE, "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 # The compiler may fuse a product and a sum where the instruction set can: the error bounds hold either way.
 INSTRUCTION_SETS = {"portable": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx2", "-mfma"]}
 NEEDED_CPU_FLAGS = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "fma"}}
@@ -33,12 +35,22 @@ def test_team(sanitizer, tmp_path):
     compile_and_run("team_test", tmp_path, "-pthread", *([] if sanitizer == "none" else ["-fsanitize=thread"]))
 
 
+# What a cross compiler makes of the sources shows on any machine.
+AARCH64 = "aarch64-linux-gnu-g++"
+needs_aarch64 = pytest.mark.skipif(not shutil.which(AARCH64), reason=f"needs {AARCH64}")
+
+
+@needs_aarch64
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cpu").glob("*_cpu.cpp")), ids=lambda source: source.stem)
+def test_aarch64_compiles(source):
+    subprocess.run([AARCH64, *FLAGS, "-fsyntax-only", "-I", ROOT / "csrc", source], check=True)
+
+
 def compile_and_run(name, tmp_path, *more_flags):
     program = tmp_path / name
     compiler = os.environ.get("CXX", "g++").split()
-    flags = ["-std=c++17", *OPTIMIZE, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *more_flags]
     source = ROOT / "tests/native" / f"{name}.cpp"
-    subprocess.run([*compiler, *flags, "-I", ROOT / "csrc", source, "-o", program], check=True)
+    subprocess.run([*compiler, *FLAGS, *more_flags, "-I", ROOT / "csrc", source, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr

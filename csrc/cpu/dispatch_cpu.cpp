@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Hands a launch to the kernels of the instruction set in use.
+#include <cstdlib>
 #include <type_traits>
 
 #include "../kernels.h"
@@ -38,9 +39,13 @@ inline constexpr bool kIsWide = std::is_floating_point_v<scalar_t>;  // not 16-b
     if (!kIsWide<scalar_t> || best_isa() == Isa::avx2) return avx2::call; \
     if constexpr (kIsWide<scalar_t>) return portable::call;               \
   }
-#else
-#define FASTRNN_DISPATCH(call) \
-  if constexpr (kIsWide<scalar_t>) return portable::call;
+#else  // 16-bit storage is converted before it comes here: takes_bf16() and takes_half() say so
+#define FASTRNN_DISPATCH(call)       \
+  if constexpr (kIsWide<scalar_t>) { \
+    return portable::call;           \
+  } else {                           \
+    std::abort();                    \
+  }
 #endif
 
 template <template <typename> class Cell, typename scalar_t>
