@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from parity import CELLS, Case, check_parity, draw, run
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastrnn
@@ -98,6 +99,25 @@ def test_on_a_busy_machine(torch_threads):
         for process in busy:
             process.kill()
             process.wait()
+
+
+# Threads share the rows, and the hidden units.
+@pytest.mark.parametrize("T, B, H", [(30, 64, 64), (3, 4, 256)])
+def test_flush_denormal(T, B, H, torch_threads):
+    """torch sets the mode of the calling thread alone: all threads of a layer compute in it."""
+    torch.set_num_threads(2)
+    rnn = fastrnn.RNN(8, H, nonlinearity="relu", bias=False)
+    nn.init.constant_(rnn.weight_ih_l0, 1e-3)
+    nn.init.zeros_(rnn.weight_hh_l0)
+    x = torch.full((T, B, 8), 1e-37)  # its products with the weights are denormal
+    try:
+        for flush in (False, True, False):  # threads that the first call starts keep the mode of then
+            if not torch.set_flush_denormal(flush):
+                pytest.skip("torch cannot set the mode of this processor")
+            bits = rnn(x)[0].detach().view(torch.int32)
+            assert (bits == 0).sum() == (bits.numel() if flush else 0)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 # As a worker of torch's DataLoader does: OpenMP's threads do not survive a fork, and torch's own kernels hang as well.

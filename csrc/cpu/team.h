@@ -21,28 +21,37 @@ namespace fastrnn {
 inline constexpr ThreadPool kOneThread = {
     [](int64_t count, ThreadPool::Body body, void* context) { body(0, count, context); }, 1};
 
+// The bits of this thread's floating-point mode: how it rounds, and whether it takes denormals for zero.
+#if defined(__x86_64__)
+inline unsigned float_mode() { return _mm_getcsr(); }
+inline void set_float_mode(unsigned bits) { _mm_setcsr(bits); }
+#elif defined(__aarch64__)
+inline uint64_t float_mode() {
+  uint64_t bits;
+  asm volatile("mrs %0, fpcr" : "=r"(bits));
+  return bits;
+}
+inline void set_float_mode(uint64_t bits) { asm volatile("msr fpcr, %0" : : "r"(bits) : "memory"); }
+#else
+inline unsigned float_mode() { return 0; }
+inline void set_float_mode(unsigned) {}
+#endif
+
 // Gives the threads of a launch the caller's floating-point mode: torch.set_flush_denormal sets that of one thread
 // alone.
 class FloatMode {
  public:
-#if defined(__x86_64__)
-  FloatMode() : bits_(_mm_getcsr()) {}
   class Scope {
    public:
-    explicit Scope(const FloatMode& mode) : before_(_mm_getcsr()) { _mm_setcsr(mode.bits_); }
-    ~Scope() { _mm_setcsr(before_); }
+    explicit Scope(const FloatMode& mode) : before_(float_mode()) { set_float_mode(mode.bits_); }
+    ~Scope() { set_float_mode(before_); }
 
    private:
-    const unsigned before_;
+    const decltype(float_mode()) before_;
   };
 
  private:
-  const unsigned bits_;
-#else
-  struct Scope {
-    explicit Scope(const FloatMode&) {}
-  };
-#endif
+  const decltype(float_mode()) bits_ = float_mode();
 };
 
 template <typename F>

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What a team does when one of its threads is held up. The barrier alone, of threads that the test makes.
+// What a team does when one of its threads is held up. The barrier alone, of threads that the test makes. And the
+// floating-point mode of such threads.
 #include "cpu/team.h"
 
+#include <cfenv>
 #include <chrono>
 #include <cstdio>
 #include <functional>
@@ -45,11 +47,39 @@ int check(const char* name, const std::vector<std::vector<int>>& done) {
   return 0;
 }
 
+bool rounds_up() {
+  const volatile float one = 1, little = 1e-10f;
+  return one + little > one;
+}
+
+// A launch computes in the mode of the caller, which its threads do not have, and leaves them theirs.
+int check_float_mode() {
+  static bool in_launch[2], after_launch[2];
+  const fastrnn::ThreadPool pool = {[](int64_t count, fastrnn::ThreadPool::Body body, void* context) {
+                                      for (int64_t i = 0; i < count; ++i) {
+                                        std::thread([=] {
+                                          std::fesetround(FE_TONEAREST);
+                                          body(i, i + 1, context);
+                                          after_launch[i] = rounds_up();
+                                        }).join();
+                                      }
+                                    },
+                                    2};
+  std::fesetround(FE_UPWARD);
+  fastrnn::in_parallel(pool, 2, [](int64_t begin, int64_t) { in_launch[begin] = rounds_up(); });
+  const bool mine = rounds_up();
+  std::fesetround(FE_TONEAREST);
+  if (mine && in_launch[0] && in_launch[1] && !after_launch[0] && !after_launch[1]) return 0;
+  std::printf("rounds up: the caller %d, its launch %d %d, the threads after it %d %d\n", mine, in_launch[0],
+              in_launch[1], after_launch[0], after_launch[1]);
+  return 1;
+}
+
 }  // namespace
 
 int main() {
   using namespace std::chrono_literals;
-  int failures = 0;
+  int failures = check_float_mode();
   for (const int64_t threads : {1, 2, 3, 5}) {
     failures += check("all in time", run(threads, [](int64_t, int64_t, int64_t) {}));
     int64_t held_up = 0;
