@@ -35,8 +35,10 @@ def test_team(sanitizer, tmp_path):
     compile_and_run("team_test", tmp_path, "-pthread", *([] if sanitizer == "none" else ["-fsanitize=thread"]))
 
 
-# What a cross compiler makes of the sources shows on any machine.
+# A cross compiler shows what aarch64 makes of the sources, an emulator of its processor what they do there (but for the
+# order in which threads see each other's writes).
 AARCH64 = "aarch64-linux-gnu-g++"
+EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 needs_aarch64 = pytest.mark.skipif(not shutil.which(AARCH64), reason=f"needs {AARCH64}")
 
 
@@ -46,11 +48,18 @@ def test_aarch64_compiles(source):
     subprocess.run([AARCH64, *FLAGS, "-fsyntax-only", "-I", ROOT / "csrc", source], check=True)
 
 
-def compile_and_run(name, tmp_path, *more_flags):
+@needs_aarch64
+@pytest.mark.skipif(not EMULATOR, reason="needs qemu-aarch64")
+@pytest.mark.parametrize("name", [pytest.param("cells_test", marks=pytest.mark.extended), "scratch_test", "team_test"])
+def test_aarch64_runs(name, tmp_path):
+    compile_and_run(name, tmp_path, "-pthread", "-static", compiler=[AARCH64], runner=[EMULATOR])
+
+
+def compile_and_run(name, tmp_path, *more_flags, compiler=None, runner=()):
     program = tmp_path / name
-    compiler = os.environ.get("CXX", "g++").split()
+    compiler = compiler or os.environ.get("CXX", "g++").split()
     source = ROOT / "tests/native" / f"{name}.cpp"
     subprocess.run([*compiler, *FLAGS, *more_flags, "-I", ROOT / "csrc", source, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
+    result = subprocess.run([*runner, program], capture_output=True, text=True)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr

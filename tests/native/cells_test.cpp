@@ -337,7 +337,7 @@ void check_vector(const char* name, std::mt19937& random) {
     vectors.run();
     for (int lane = 0; lane < kLanes; ++lane) {
       double rounding = 0;
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
       rounding = std::numeric_limits<Scalar>::epsilon();
       for_each_input([&](const char*, int, Scalar& value) { rounding *= 1 + std::fabs(value); }, scalars[lane]);
 #endif
