@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <limits>
@@ -20,12 +21,14 @@ namespace {
 
 int failures = 0;
 
-template <typename... Args>
-void expect(bool holds, const char* format, Args... args) {
+__attribute__((format(printf, 2, 3))) void expect(bool holds, const char* format, ...) {
   if (holds) return;
   ++failures;
   std::printf("FAILED: ");
-  std::printf(format, args...);
+  va_list args;
+  va_start(args, format);
+  std::vprintf(format, args);
+  va_end(args);
   std::printf("\n");
 }
 
