@@ -44,10 +44,10 @@ namespace fastrnn {
 
 // Whether a cell is one of torch.nn's.
 template <template <typename> class Cell>
-constexpr bool kIsTorchCell = false;
+inline constexpr bool kIsTorchCell = false;
 #define FASTRNN_IS_TORCH_CELL(name, Cell) \
   template <>                             \
-  constexpr bool kIsTorchCell<Cell> = true;
+  inline constexpr bool kIsTorchCell<Cell> = true;
 FASTRNN_FOR_EACH_TORCH_CELL(FASTRNN_IS_TORCH_CELL)
 #undef FASTRNN_IS_TORCH_CELL
 

@@ -17,6 +17,26 @@ FLAGS = ["-std=c++17", *OPTIMIZE, "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 INSTRUCTION_SETS = {"portable": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx2", "-mfma"]}
 NEEDED_CPU_FLAGS = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "fma"}}
 
+CLANG = next(filter(shutil.which, ["clang++", *(f"clang++-{version}" for version in range(40, 13, -1))]), None)
+needs_clang = pytest.mark.skipif(CLANG is None, reason="no clang++ of version 14 or later")
+SOURCES = sorted(ROOT.glob("csrc/cpu/*_cpu.cpp"))
+
+
+@needs_clang
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_clang_takes_the_sources_without_a_word(source):
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", ROOT / "csrc"]
+    subprocess.run([CLANG, *flags, "-fsyntax-only", source], check=True)
+
+
+@needs_clang
+def test_sources_that_clang_compiled_share_the_headers(tmp_path):
+    sources = [tmp_path / name for name in ("one.cpp", "another.cpp")]
+    for source in sources:
+        source.write_text('#include "kernels.h"\n')
+    flags = ["-std=c++17", "-shared", "-fPIC", "-I", ROOT / "csrc"]
+    subprocess.run([CLANG, *flags, *sources, "-o", tmp_path / "both.so"], check=True)
+
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_cells(isa, tmp_path):

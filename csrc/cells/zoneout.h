@@ -47,7 +47,7 @@ struct ZoneBackward {
     const T rest = share < 1.0f ? 1.0f - share : broadcast<T>(1.0f);
     const T past = share * prev[k], made = next[k] - past;
     const T noise = (past < 0.0f ? -past : past) * kShare + kLeast;
-    const T cleaned = (made <= noise) & (made >= -noise) ? T{} : made;
+    const T cleaned = ((made <= noise) & (made >= -noise)) ? T{} : made;
     next[k] = share < 1.0f ? cleaned / rest : next[k];
   }
 };

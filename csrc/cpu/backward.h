@@ -307,7 +307,7 @@ class Backward {
     const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), state = p_.steps.state(b);
     const bool reset = controls.reset && controls.reset[place];
     const S* const h_prev = h_before(s, b);
-    const auto [c_before, c_before_stride] = states_before(s, b);
+    const auto c_before = states_before(s, b);  // no structured binding: lambdas capture none before C++20
     const int64_t j0 = panel * Panel::kBlock;
     for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Plain::kSaved> saved;
@@ -321,11 +321,13 @@ class Backward {
       next[0] = p_.w_hr ? V{} : load(p_.output + place * p_.P + j, lanes);
       d_next[0] = load(d_h + j - j0);
       for (int k = 1; k < Cell::kStates; ++k) {
-        prev[k] = reset ? V{} : load(c_before + (k - 1) * c_before_stride + j, lanes);
+        prev[k] = reset ? V{} : load(c_before.first + (k - 1) * c_before.second + j, lanes);
         next[k] = load(p_.saved_c + ((k - 1) * p_.N + row) * p_.H + j, lanes);
         d_next[k] = load(p_.d_c0 + ((k - 1) * p_.B + state) * p_.H + j, lanes);
       }
-      if (Cell::kStates > 1 && p_.d_cells) d_next[1] += load(p_.d_cells + place * p_.H + j, lanes);
+      if constexpr (Cell::kStates > 1) {
+        if (p_.d_cells) d_next[1] += load(p_.d_cells + place * p_.H + j, lanes);
+      }
       ZoneBackward<Plain, V, S> zone{};
       for (int k = kNormalisesC<Cell>; k < std::min(Cell::kStates, kZonedStates); ++k) {
         if (!controls.zone[k]) continue;

@@ -365,8 +365,10 @@ class Forward {
           store(p_.saved_gates + (at.row * Cell::kSaved + k) * p_.H + j, saved[k], lanes);
         }
       }
-      if (Cell::kStates == kZonedStates && p_.controls.zone[1]) {
-        next[1] = zoned(zone_share(p_.controls, 1, at.place * p_.H + j, lanes), prev[1], next[1]);
+      if constexpr (Cell::kStates == kZonedStates) {
+        if (p_.controls.zone[1]) {
+          next[1] = zoned(zone_share(p_.controls, 1, at.place * p_.H + j, lanes), prev[1], next[1]);
+        }
       }
       for (int k = 1; k < Cell::kStates; ++k) {
         store(p_.c_n + ((k - 1) * p_.B + at.state) * p_.H + j, next[k], lanes);
