@@ -146,7 +146,9 @@ struct Layer {
     const int64_t* length = lengths->const_data_ptr<int64_t>();
     order.resize(B);
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length[a] > length[b]; });
+    // Equal ones in order: std::stable_sort would, but in libstdc++ 12 clang 15 and later warn of it.
+    std::sort(order.begin(), order.end(),
+              [&](int64_t a, int64_t b) { return length[a] != length[b] ? length[a] > length[b] : a < b; });
     int64_t alive = B;
     for (int64_t t = 0; t < T; ++t) {
       while (alive > 0 && length[order[alive - 1]] <= t) --alive;

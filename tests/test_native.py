@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
@@ -19,14 +20,15 @@ NEEDED_CPU_FLAGS = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx5
 
 CLANG = next(filter(shutil.which, ["clang++", *(f"clang++-{version}" for version in range(40, 13, -1))]), None)
 needs_clang = pytest.mark.skipif(CLANG is None, reason="no clang++ of version 14 or later")
-SOURCES = sorted(ROOT.glob("csrc/cpu/*_cpu.cpp"))
+SOURCES = [ROOT / "csrc/ops.cpp", *sorted(ROOT.glob("csrc/cpu/*_cpu.cpp"))]
 
 
 @needs_clang
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_clang_takes_the_sources_without_a_word(source):
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", ROOT / "csrc"]
-    subprocess.run([CLANG, *flags, "-fsyntax-only", source], check=True)
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    folders = ["-I", ROOT / "csrc", *(word for path in cpp_extension.include_paths() for word in ("-isystem", path))]
+    subprocess.run([CLANG, *flags, *folders, "-fsyntax-only", source], check=True)
 
 
 @needs_clang
