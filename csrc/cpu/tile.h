@@ -110,6 +110,15 @@ void pack_columns(int64_t K, int64_t columns, const Row& row, WordOf<S>* packed)
   }
 }
 
+// An empty instruction that reads and writes a sum: clang 19 would begin with the next row of a tile before, and be one
+// register short.
+template <typename V>
+FASTRNN_HD void added_before_the_next_row([[maybe_unused]] V& sum) {
+#if defined(__clang__) && defined(__x86_64__)
+  asm("" : "+v"(sum));
+#endif
+}
+
 // out [kRows, kVectors*W] = start + rows [kRows, K] * panel [K / kDepth, kVectors*W], the rows of the panel `stride`
 // elements apart: words or, in storage that is widened, values. start: one row for all, or null for zero.
 template <typename R, int kVectors, int kRows, typename Panel>
@@ -143,6 +152,8 @@ void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t 
       const Words x = M::repeat(row[r] + word * M::kDepth, depth);
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) M::add(sum[c][r][v], x, w[v]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) added_before_the_next_row(sum[c][r][v]);
     }
   };
   const int64_t words = K / M::kDepth;
