@@ -183,6 +183,12 @@ struct CpuPath {
     return has_kernel ? taken : Taken::converted;
   }
 
+  // Of states that were converted to 16 bits after forward: those before a step too, which forward had in float.
+  static Rounding rounding_of_converted(ScalarType storage) {
+    const Rounding once = storage == ScalarType::Half ? kRounding<Half> : kRounding<Bf16>;
+    return {2 * once.share, 2 * once.least};
+  }
+
   // Arguments in the type of the sums.
   struct Wide {
     MaybeTensor b_ih, b_hh, w_cell, c0;
@@ -382,6 +388,7 @@ struct CpuPath {
     p.h0 = in<S>(l.h0);
     p.c0 = in<T>(wide.c0);
     p.controls = l.controls<S>();
+    if (compute(l.storage) != l.storage) p.controls.rounding = rounding_of_converted(l.storage);
     p.output = in<S>(r.output);
     p.saved_gates = in<S>(r.saved_gates);
     p.saved_c = in<T>(r.saved_c);

@@ -98,6 +98,7 @@ struct Controls {
   const scalar_t* zone[kZonedStates] = {};    // [R, H]  share of the state before that is kept: zoneout
   bool zone_is_one_value[kZonedStates] = {};  // [1] in place of [R, H]
   double grad_clip = 0;  // the gradient that leaves a step for the one before is clamped to +-grad_clip
+  Rounding rounding = {kRounding<scalar_t>.share, kRounding<scalar_t>.least};  // of the states that backward reads
 };
 
 // h before the s-th step of position b: a row of h0 or of the output, or null where the states are reset.

@@ -24,10 +24,12 @@ inline constexpr Rounding kRounding = sizeof(Storage) == 8   ? Rounding{0x1p-51,
 inline constexpr Rounding kRoundingOfHalf = {0x1.01p-11, 0x1p-25};
 
 // The gradients of zoned(), and what backward of the cell asks for: its states as the cell made them. To be made before
-// it: what is zoned passes the rest of the gradient to it. Storage: what the states are rounded to.
+// it: what is zoned passes the rest of the gradient to it. Storage: what the states are rounded to, unless `rounding`
+// says otherwise.
 template <class Cell, typename T, typename Storage = typename ValueTraits<T>::Scalar>
 struct ZoneBackward {
   Values<T, Cell::kStates> kept;  // the way of the gradient past the cell, for d_prev
+  Rounding rounding = {kRounding<Storage>.share, kRounding<Storage>.least};
 
   FASTRNN_HD void before_cell(int k, T share, const Values<T, Cell::kSaved>& saved,
                               const Values<T, Cell::kStates>& prev, Values<T, Cell::kStates>& next,
@@ -43,10 +45,10 @@ struct ZoneBackward {
     // A share of 1 leaves nothing to restore it from, and no gradient that would ask for it. What rounding leaves of 0
     // is 0 again: relu asks for the sign.
     using Scalar = typename ValueTraits<T>::Scalar;
-    constexpr Scalar kShare = kRounding<Storage>.share, kLeast = kRounding<Storage>.least;
+    const Scalar of_past = static_cast<Scalar>(rounding.share), least = static_cast<Scalar>(rounding.least);
     const T rest = share < 1.0f ? 1.0f - share : broadcast<T>(1.0f);
     const T past = share * prev[k], made = next[k] - past;
-    const T noise = (past < 0.0f ? -past : past) * kShare + kLeast;
+    const T noise = (past < 0.0f ? -past : past) * of_past + least;
     const T cleaned = ((made <= noise) & (made >= -noise)) ? T{} : made;
     next[k] = share < 1.0f ? cleaned / rest : next[k];
   }

@@ -328,7 +328,7 @@ class Backward {
       if constexpr (Cell::kStates > 1) {
         if (p_.d_cells) d_next[1] += load(p_.d_cells + place * p_.H + j, lanes);
       }
-      ZoneBackward<Plain, V, S> zone{};
+      ZoneBackward<Plain, V, S> zone{{}, controls.rounding};
       for (int k = kNormalisesC<Cell>; k < std::min(Cell::kStates, kZonedStates); ++k) {
         if (!controls.zone[k]) continue;
         zone.before_cell(k, zone_share(controls, k, place * p_.H + j, lanes), saved, prev, next, d_next);
