@@ -23,6 +23,8 @@ SIZES = {  # T, B, I, H: as large as the significand allows
     torch.float16: (3, 5, 9, 17),
     torch.bfloat16: (2, 3, 5, 19),
 }
+# I, H: 1 to 4 vectors in the last panel of each product, of 4 to 16 values, full or not
+LAST_PANELS = [(12, 16), (20, 48), (32, 44), (48, 20), (60, 33), (64, 60), (97, 28)]
 
 
 def signs(shape, *, generator, dtype, density=1.0):
@@ -75,6 +77,8 @@ def layer_cases():
     for dtype, size in SIZES.items():
         for packed, reverse, x_gates, bias in itertools.product((False, True), repeat=4):
             yield LayerCase("rnn_relu", *size, dtype, packed, reverse, bias, x_gates=x_gates)
+    for sizes, dtype in itertools.product(LAST_PANELS, (torch.float64, torch.float32)):
+        yield LayerCase("rnn_relu", 3, 7, *sizes, dtype)
     for threads_split_units in ((3, 1, 5, 129), (3, 2, 5, 257), (2, 1, 3, 1000)):
         for packed, reverse in itertools.product((False, True), repeat=2):
             yield LayerCase("rnn_relu", *threads_split_units, packed=packed, reverse=reverse)

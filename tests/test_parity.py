@@ -49,7 +49,8 @@ def fast_cases():
         for dtype, options in itertools.product(DTYPES[1:], ({}, {"bidirectional": True, "layout": "packed_unsorted"})):
             yield Case(cell, 9, 5, 24, 40, dtype=dtype, **options)
     yield from (Case("lstm", **options) for options in PROJECTIONS)
-    yield from (Case("lstm", 9, 5, 24, 40, dtype=dtype, proj_size=16) for dtype in DTYPES)
+    for dtype, P in itertools.product(DTYPES, (12, 16, 28, 44, 60)):  # 1 to 4 vectors in the last panel
+        yield Case("lstm", 9, 5, 24, 70, dtype=dtype, proj_size=P)
 
 
 def extended_cases():

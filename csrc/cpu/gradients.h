@@ -138,8 +138,8 @@ class WeightGradients {
         const R* rows[kMaxTileRows];
         for (int r = 0; r < tile_rows; ++r) rows[r] = gates + (m + r) * depth;
         alignas(64) T tile[kRows * Panel::kColumns];
-        product<R, Panel::kVectors>(tile_rows, depth, rows, packed + panel * words_of<S>(depth) * Panel::kColumns,
-                                    nullptr, tile);
+        product_packed<R, Panel>(p_.K - j0, tile_rows, depth, rows,
+                                 packed + panel * words_of<S>(depth) * Panel::kColumns, nullptr, tile);
         for (int r = 0; r < tile_rows; ++r) {
           for_each_vector<T>(j0, j0 + Panel::kBlock, p_.K, [&](int64_t j, auto lanes) FASTRNN_INLINE {
             T* to = p_.d_weight + (m0 + m + r) * p_.K + j;

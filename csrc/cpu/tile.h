@@ -50,7 +50,7 @@ constexpr int64_t words_of(int64_t K) {
 }
 
 // Packs the panels [begin, end) of w [G*units, K], so that a product reads them front to back:
-// [panel - begin][K / kDepth][G][kBlock] words, with zeros past the last unit and past K.
+// [panel - begin][K / kDepth][G][kBlock] words, with zeros past the last unit of a vector and past K.
 template <typename S, int kGates>
 void pack_gates(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end, WordOf<S>* packed) {
   using M = Multiply<S>;
@@ -62,7 +62,8 @@ void pack_gates(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end
     Word* to = packed + (panel - begin) * words * Shape::kColumns;
     for (int64_t column = 0; column < Shape::kColumns; column += kW) {
       const int64_t g = column / Shape::kBlock, unit = panel * Shape::kBlock + column % Shape::kBlock;
-      const int64_t here = std::clamp<int64_t>(units - unit, 0, kW);
+      const int64_t here = std::min<int64_t>(kW, units - unit);
+      if (here <= 0) break;
       const S* from = w + (g * units + unit) * K;
       // The rows of a gate lie together, those of the next gate far from them: they are asked for in time.
       const S* const next = g + 1 < kGates ? from + units * K : w + (unit + kW) * K;
@@ -88,25 +89,16 @@ void pack_gates(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end
 }
 
 // Packs one panel, for products with a matrix [K, ..] itself: `columns` columns of it from row(k) on, k in [0, K).
-// [K / kDepth][kBlock] words, with zeros past the last column and past K.
+// [K / kDepth][kBlock] words, with zeros past the last column of a vector and past K.
 template <typename S, typename Row>
 void pack_columns(int64_t K, int64_t columns, const Row& row, WordOf<S>* packed) {
   using M = Multiply<S>;
   using Word = typename M::Word;
-  constexpr int kW = kWidth<Word>;
-  constexpr int64_t kBlock = PanelShape<Word, 1>::kBlock;
-  for (int64_t k = 0; k < K; k += M::kDepth) {
+  for (int64_t k = 0; k < K; k += M::kDepth, packed += PanelShape<Word, 1>::kBlock) {
     const S *first = row(k), *second = k + 1 < std::min<int64_t>(K, k + M::kDepth) ? row(k + 1) : nullptr;
-    for (int64_t j = 0; j < kBlock; j += kW, packed += kW) {
-      Vec<Word> words{};
-      const S* also = second ? second + j : nullptr;
-      if (j + kW <= columns) {
-        words = M::words(first + j, also, AllLanes{});
-      } else if (j < columns) {
-        words = M::words(first + j, also, static_cast<int>(columns - j));
-      }
-      store(packed, words);
-    }
+    for_each_vector<Word>(0, columns, columns, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+      store(packed + j, M::words(first + j, second ? second + j : nullptr, lanes));
+    });
   }
 }
 
@@ -120,21 +112,23 @@ FASTRNN_HD void added_before_the_next_row([[maybe_unused]] V& sum) {
 }
 
 // out [kRows, kVectors*W] = start + rows [kRows, K] * panel [K / kDepth, kVectors*W], the rows of the panel `stride`
-// elements apart: words or, in storage that is widened, values. start: one row for all, or null for zero.
-template <typename R, int kVectors, int kRows, typename Panel>
+// elements apart: words or, in storage that is widened, values. start: one row for all, or null for zero. Only the
+// first kUsed vectors are read and written.
+template <typename R, int kVectors, int kUsed, int kRows, typename Panel>
 void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t stride, const Sum<R>* start,
                    Sum<R>* out) {
   using M = Multiply<R>;
   using T = Sum<R>;
   using Words = Vec<typename M::Word>;
   constexpr int kW = kWidth<T>;
-  // Few sums would wait for each other: even and odd k get sums of their own.
+  // Few sums would wait for each other: even and odd k get sums of their own. All vectors count, so that a unit's sum
+  // does not depend on how many are used.
   constexpr int kChains = kRows * kVectors >= 8 ? 1 : 2;
-  Vec<T> sum[kChains][kRows][kVectors];
+  Vec<T> sum[kChains][kRows][kUsed];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kUsed; ++v) {
       sum[0][r][v] = start ? load(start + v * kW) : Vec<T>{};
       if constexpr (kChains == 2) sum[1][r][v] = Vec<T>{};
     }
@@ -144,16 +138,16 @@ void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t 
   for (int r = 0; r < kRows; ++r) row[r] = rows[r];
 
   const auto add = [&](int c, int64_t word, int64_t depth) FASTRNN_INLINE {
-    Words w[kVectors];
+    Words w[kUsed];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) w[v] = load(panel + word * stride + v * kW, AllLanes{});
+    for (int v = 0; v < kUsed; ++v) w[v] = load(panel + word * stride + v * kW, AllLanes{});
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Words x = M::repeat(row[r] + word * M::kDepth, depth);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) M::add(sum[c][r][v], x, w[v]);
+      for (int v = 0; v < kUsed; ++v) M::add(sum[c][r][v], x, w[v]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) added_before_the_next_row(sum[c][r][v]);
+      for (int v = 0; v < kUsed; ++v) added_before_the_next_row(sum[c][r][v]);
     }
   };
   const int64_t words = K / M::kDepth;
@@ -167,26 +161,33 @@ void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t 
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kUsed; ++v) {
       if constexpr (kChains == 2) sum[0][r][v] += sum[1][r][v];
       store(out + (r * kVectors + v) * kW, sum[0][r][v]);
     }
   }
 }
 
-template <typename R, int kVectors, int kRows = kTileRows<kVectors>, typename Panel>
+template <typename R, int kVectors, int kUsed = kVectors, int kRows = kTileRows<kVectors>, typename Panel>
 void product(int count, int64_t K, const R* const* rows, const Panel* panel, int64_t stride, const Sum<R>* start,
              Sum<R>* out) {
   if (count == kRows) {
-    product_exact<R, kVectors, kRows>(K, rows, panel, stride, start, out);
+    product_exact<R, kVectors, kUsed, kRows>(K, rows, panel, stride, start, out);
   } else if constexpr (kRows > 1) {
-    product<R, kVectors, kRows - 1>(count, K, rows, panel, stride, start, out);
+    product<R, kVectors, kUsed, kRows - 1>(count, K, rows, panel, stride, start, out);
   }
 }
-// With a packed panel.
-template <typename R, int kVectors>
-void product(int count, int64_t K, const R* const* rows, const WordOf<R>* panel, const Sum<R>* start, Sum<R>* out) {
-  product<R, kVectors>(count, K, rows, panel, kVectors * kWidth<Sum<R>>, start, out);
+// With a packed panel of Shape, from whose first unit on there are `units`: vectors of a last panel that hold none of
+// them are left out.
+template <typename R, typename Shape, int kUsed = Shape::kVectors>
+void product_packed(int64_t units, int count, int64_t K, const R* const* rows, const WordOf<R>* panel,
+                    const Sum<R>* start, Sum<R>* out) {
+  if constexpr (Shape::kGates == 1 && kUsed > 1) {
+    if (units <= (kUsed - 1) * kWidth<Sum<R>>) {
+      return product_packed<R, Shape, kUsed - 1>(units, count, K, rows, panel, start, out);
+    }
+  }
+  product<R, Shape::kVectors, kUsed>(count, K, rows, panel, Shape::kColumns, start, out);
 }
 
 // Lane i: the sum of the lanes of v[i]. v is used up.
@@ -367,7 +368,7 @@ class Columns {
     for (int r = 0; r < count; ++r) rows[r] = from + (first_row + r) * K_;
     if (panel >= first_packed_) {
       const WordOf<S>* packed = packed_.get() + (panel - first_packed_) * words_of<S>(K_) * Panel::kColumns;
-      product<R, Panel::kVectors>(count, K_, rows, packed, nullptr, out);
+      product_packed<R, Panel>(columns_ - panel * Panel::kBlock, count, K_, rows, packed, nullptr, out);
     } else if constexpr (Multiply<S>::kDepth == 1) {
       product<R, Panel::kVectors>(count, K_, rows, w_ + panel * Panel::kBlock, columns_, nullptr, out);
     }

@@ -38,7 +38,8 @@ class Weight {
   void times(int64_t panel, int64_t place, int count, const Operand<S>* const* rows, Sum<S>* out) const {
     if (packed_) {
       const Sum<S>* bias = packed_bias_.get() ? packed_bias_.get() + panel * Shape::kColumns : nullptr;
-      product<Operand<S>, Shape::kVectors>(count, K_, rows, packed_ + place * panel_words(), bias, out);
+      product_packed<Operand<S>, Shape>(units_ - panel * Shape::kBlock, count, K_, rows,
+                                        packed_ + place * panel_words(), bias, out);
     } else {
       product_unpacked<S, kGates>(count, K_, rows, w_, bias_, units_, panel, out);
     }
