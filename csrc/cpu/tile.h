@@ -4,9 +4,15 @@
 namespace fastrnn::FASTRNN_ISA {
 
 // A tile is a few rows times one panel: kVectors vectors of columns. Its sums stay in registers; what is left of them
-// holds one row of the panel and a broadcast.
+// holds one row of the panel and a broadcast or, where that makes room for more rows, one vector of the panel and a
+// broadcast of each row. There both factors of a product are needed again: without a multiply-add, as in SSE, it takes
+// a register of its own.
+inline constexpr int kProductRegisters = FASTRNN_VECTOR_BYTES == 16 ? 1 : 0;
 template <int kVectors>
-inline constexpr int kTileRows = (FASTRNN_REGISTERS - kVectors - 1) / kVectors;
+inline constexpr int kTileRows = std::max((FASTRNN_REGISTERS - kVectors - 1) / kVectors,
+                                          (FASTRNN_REGISTERS - 1 - kProductRegisters) / (kVectors + 1));
+template <int kVectors, int kRows>
+inline constexpr bool kHoldsPanelRow = kRows * kVectors + kVectors + 1 <= FASTRNN_REGISTERS;
 // Vectors of units in a panel of one gate: enough sums in flight to hide the latency of a multiply-add.
 inline constexpr int kUnitVectors = FASTRNN_REGISTERS >= 32 ? 4 : 2;
 inline constexpr int kMaxTileRows = 16;
@@ -138,16 +144,30 @@ void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t 
   for (int r = 0; r < kRows; ++r) row[r] = rows[r];
 
   const auto add = [&](int c, int64_t word, int64_t depth) FASTRNN_INLINE {
-    Words w[kUsed];
+    const auto of_row = [&](int r) FASTRNN_INLINE { return M::repeat(row[r] + word * M::kDepth, depth); };
+    const auto of_panel = [&](int v) FASTRNN_INLINE { return load(panel + word * stride + v * kW, AllLanes{}); };
+    if constexpr (kHoldsPanelRow<kVectors, kRows>) {
+      Words w[kUsed];
 #pragma GCC unroll 16
-    for (int v = 0; v < kUsed; ++v) w[v] = load(panel + word * stride + v * kW, AllLanes{});
+      for (int v = 0; v < kUsed; ++v) w[v] = of_panel(v);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Words x = M::repeat(row[r] + word * M::kDepth, depth);
+      for (int r = 0; r < kRows; ++r) {
+        const Words x = of_row(r);
 #pragma GCC unroll 16
-      for (int v = 0; v < kUsed; ++v) M::add(sum[c][r][v], x, w[v]);
+        for (int v = 0; v < kUsed; ++v) M::add(sum[c][r][v], x, w[v]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kUsed; ++v) added_before_the_next_row(sum[c][r][v]);
+        for (int v = 0; v < kUsed; ++v) added_before_the_next_row(sum[c][r][v]);
+      }
+    } else {
+      Words x[kRows];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) x[r] = of_row(r);
+#pragma GCC unroll 16
+      for (int v = 0; v < kUsed; ++v) {
+        const Words w = of_panel(v);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) M::add(sum[c][r][v], x[r], w);
+      }
     }
   };
   const int64_t words = K / M::kDepth;
