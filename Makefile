@@ -24,8 +24,8 @@ test: build $(VENV)/.with-test  ## run the fast tier of the tests
 test-all: build $(VENV)/.with-test $(VENV)/.with-adoption $(VENV)/.with-examples  ## run the extended tier as well
 	FASTRNN_EXTENDED=1 $(PYTEST)
 
-test-gpu: build $(VENV)/.with-test  ## run the tests that need a CUDA device
-	$(BIN)/python tests/cuda/run.py
+test-gpu: build $(VENV)/.with-test  ## run the tests that need a CUDA device; GROUPS=persistent: only those
+	$(BIN)/python tests/cuda/run.py $(GROUPS)
 
 bench: build $(VENV)/.with-bench  ## compare with torch.nn on this machine
 	$(BIN)/python benchmarks/bench.py

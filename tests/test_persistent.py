@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from fastrnn import _C
 
@@ -19,6 +20,8 @@ FOLDER = TESTS / "emulation"
 sys.path += [str(FOLDER), str(TESTS / "cuda")]
 
 import libraries  # noqa: E402
+import persistent_checks  # noqa: E402
+import run as device_suite  # noqa: E402
 from machine_code import DEVICES  # noqa: E402
 
 extended = pytest.mark.extended
@@ -131,6 +134,31 @@ def test_plans_are_sound(device, cell, arithmetic, backward, layers):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The device suite, as far as it can be checked without a device
+
+
+def test_the_device_suite_runs_what_an_emulation_cannot():
+    plans = [size.plan(backward) for size in persistent_checks.SIZES for backward in (False, True)]
+    assert {plan.path for plan in plans} == {"persistent"}
+    assert {plan.grade for plan in plans} == {1, 2, 3}
+    for backward in (False, True):
+        of_pass = plans[backward::2]
+        assert any(plan.grade == 2 and plan.blocks == 16 and plan.shared_bytes > 200 << 10 for plan in of_pass)
+        assert any(plan.grade == 3 and plan.teams * plan.blocks == 132 for plan in of_pass)
+        assert {plan.grade for plan in of_pass if plan.streamed_bytes > 0} == {2, 3}
+    assert len({size.plan(backward=False).shared_bytes for size in persistent_checks.SHARED}) == 3
+
+
+def test_the_device_suite_forces_the_persistent_kernels():
+    """In a command of 10 minutes; and says how to build them where they are missing."""
+    forced = [name for name in device_suite.GROUPS if name.startswith("persistent-")]
+    assert len(forced) > 8 and sum(device_suite.GROUPS[name].seconds for name in forced) <= 600
+    if not hasattr(torch.ops.fastrnn, "refused_launches"):
+        status, why = device_suite.run_group(forced[0], 1)
+        assert status == "FAILED" and "FASTRNN_PERSISTENT=1 make build" in why
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The kernels
 
 
@@ -139,7 +167,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a file of tests/emulation on a library, in a process of its own."""
     environment = libraries.environment(variant) | {"FASTRNN_LIBRARY": str(library)} | environment
-    options = ("-q", "-s", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", FOLDER / tests, "-k", selection)
+    options = [*"-q -s -x -p no:cacheprovider -p no:xdist".split(), FOLDER / tests]
+    options += ["-k", f"not cuda and ({selection or 'test'})"]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options], env=os.environ | environment, text=True, capture_output=True
     )

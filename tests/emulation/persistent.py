@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The persistent kernels on the emulation, run by tests/test_persistent.py; FASTRNN_LIBRARY names the emulated library.
+"""The persistent kernels: run by tests/test_persistent.py on emulated ones, which FASTRNN_LIBRARY then names, and by
+tests/cuda/run.py on a device.
 
 Small shapes, each for a reason. A tiling is forced: what it takes on a device follows from hidden sizes that are too
 large for here.
@@ -24,7 +25,6 @@ import fastrnn
 from fastrnn import _C, _library, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CPU = torch.device("cpu")
 
 
 class Tiling(NamedTuple):
@@ -51,6 +51,10 @@ TILINGS = [Tiling(1, 1), Tiling(2, 2), Tiling(2, 4), Tiling(3, 3)]
 Force = Callable[[Tiling], None]
 
 
+def drawn(case: LayerCase, device: torch.device, **options) -> dict[str, Tensor | None]:
+    return {name: tensor if tensor is None else tensor.to(device) for name, tensor in case.draw(**options).items()}
+
+
 def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
 
@@ -60,6 +64,8 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Force:
     """Forces the persistent path with a tiling; where it cannot serve, the op raises."""
 
     def set_environment(tiling: Tiling) -> None:
+        if tiling.grade == 2 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("clusters came with compute capability 9.0")
         monkeypatch.setenv("FASTRNN_PATH", "persistent")
         for name, value in tiling._asdict().items():
             monkeypatch.setenv(f"FASTRNN_PERSISTENT_{name.upper()}", str(value))
@@ -70,9 +76,9 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Force:
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_parity(cell, dtype, tiling, force):
+def test_parity(cell, dtype, tiling, force, device):
     force(tiling)
-    check_layer_parity(LayerCase(cell, 4, 3, 5, 21, dtype, packed=True, reverse=True), ops, reference, CPU)
+    check_layer_parity(LayerCase(cell, 4, 3, 5, 21, dtype, packed=True, reverse=True), ops, reference, device)
 
 
 def shapes():
@@ -101,11 +107,11 @@ def shapes():
 
 
 @pytest.mark.parametrize(("case", "tiling"), list(shapes()), ids=str)
-def test_shapes(case, tiling, force):
+def test_shapes(case, tiling, force, device):
     force(tiling)
     arithmetic = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[case.dtype]
     assert tiling.streams == streams(case, tiling, arithmetic)
-    check_layer_parity(case, ops, reference, CPU)
+    check_layer_parity(case, ops, reference, device)
 
 
 def plans(case: Case | LayerCase, tiling: Tiling, arithmetic: str, layers: int = 1) -> list["_C.CudaPlan"]:
@@ -126,23 +132,23 @@ BOTH = [*TILINGS, Tiling(3, 2, 2), Tiling(3, 4, 1, groups_in_shared=0)]
 @pytest.mark.parametrize("tiling", BOTH, ids=str)
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_both_directions(cell, layout, tiling, force, monkeypatch):
+def test_both_directions(cell, layout, tiling, force, monkeypatch, device):
     """In one launch, to the last bit what each gives in its own."""
     force(tiling)
     sizes = (4, 9 if tiling.teams else 3, 5, 160 if tiling.streams else 21)
     case = Case(cell, *sizes, layout=layout, bidirectional=True)
     assert [plan.path for plan in plans(case, tiling, "fp32", layers=2)] == ["persistent"] * 2
-    module, drawn = case.module(fastrnn), draw(case)
-    together = run(case, module, *drawn)
+    module, tensors = case.module(fastrnn, device=device), draw(case)
+    together = run(case, module, *tensors)
     monkeypatch.setattr("fastrnn.stack.side_by_side", lambda *directions: [direction() for direction in directions])
-    for ours, expected in zip(together, run(case, module, *drawn), strict=True):
+    for ours, expected in zip(together, run(case, module, *tensors), strict=True):
         for name in expected:
             assert torch.equal(ours[name], expected[name]), name
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize("arithmetic", ["fp32", "tf32", "bf16", "fp16"])
-def test_integers_are_exact(arithmetic, tiling, force):
+def test_integers_are_exact(arithmetic, tiling, force, device):
     """No rounding happens, so any order of summation gives the same bits; a wrong row or unit is a wrong integer."""
     force(tiling)
     allow_tf32(arithmetic == "tf32")
@@ -155,10 +161,10 @@ def test_integers_are_exact(arithmetic, tiling, force):
         return torch.ones(shape, dtype=dtype)
 
     case = LayerCase("rnn_relu", 3, 3, 3, 37, dtype, reverse=True)
-    arguments = case.draw(value=integers)
+    arguments = drawn(case, device, value=integers)
     generator = torch.Generator().manual_seed(1)
     sparse = torch.rand((37, 37), generator=generator) < 0.05
-    arguments["w_hh"] = torch.randint(-1, 2, (37, 37), generator=generator).to(dtype) * sparse
+    arguments["w_hh"] = torch.randint(-1, 2, (37, 37), generator=generator).to(dtype).mul(sparse).to(device)
     for name in ("w_ih", "b_ih", "b_hh"):  # drawn at torch's scale, which has no integers
         arguments[name] = arguments[name].sign()
     results = case.run(ops, arguments, grad=ones)
@@ -178,13 +184,13 @@ def test_integers_are_exact(arithmetic, tiling, force):
     ],
     ids=str,
 )
-def test_tf32(cell, H, tiling, force):
+def test_tf32(cell, H, tiling, force, device):
     """Operands are rounded to 11 bits, sums are not: errors are those of half precision operands, no more."""
     force(tiling)
     allow_tf32(True)
     case = LayerCase(cell, 4, 3, 5, H, packed=True)
     assert tiling.streams == streams(case, tiling, "tf32")
-    arguments = case.draw()
+    arguments = drawn(case, device)
     double = {name: t if t is None else t.double() for name, t in arguments.items()}
     results, truth = case.run(ops, arguments), case.run(reference, double)
     for is_grad, ours, expected in zip((False, True), results, truth, strict=True):
@@ -193,11 +199,13 @@ def test_tf32(cell, H, tiling, force):
 
 
 @pytest.mark.parametrize("switch", ["cudnn.allow_tf32", "cudnn.fp32_precision", "cudnn.rnn.fp32_precision", "mixed"])
-def test_torch_decides_on_tf32(switch, force, monkeypatch):
+def test_torch_decides_on_tf32(switch, force, monkeypatch, device):
     """By each of its switches, asked in forward and again in backward, from any thread."""
     force(Tiling(3, 2))
     case = LayerCase("lstm", 4, 3, 5, 21)
-    leaves = {name: tensor if tensor is None else tensor.requires_grad_() for name, tensor in case.draw().items()}
+    leaves = {
+        name: tensor if tensor is None else tensor.requires_grad_() for name, tensor in drawn(case, device).items()
+    }
 
     def allow(allowed: bool) -> None:
         precision, cudnn = "tf32" if allowed else "ieee", torch.backends.cudnn
@@ -236,11 +244,11 @@ def test_programs_without_python_decide_on_tf32(value):
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
-def test_rows_are_apart(tiling, force):
+def test_rows_are_apart(tiling, force, device):
     """NaN in one row of the batch stays in that row, forward and backward."""
     force(tiling)
     case = LayerCase("lstm", 3, 4, 3, 13, torch.bfloat16)
-    arguments = case.draw()
+    arguments = drawn(case, device)
     clean = case.run(ops, arguments)
     arguments["input"][:, 1] = torch.nan
     outputs, grads = case.run(ops, arguments)
@@ -251,10 +259,10 @@ def test_rows_are_apart(tiling, force):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_paths_agree_on_what_is_saved(cell, force, monkeypatch):
+def test_paths_agree_on_what_is_saved(cell, force, monkeypatch, device):
     """Each output of the operator, so what either path saves, the other one's backward can read."""
     case = LayerCase(cell, 4, 3, 5, 13, packed=True, reverse=True)
-    arguments = case.draw()
+    arguments = drawn(case, device)
     names = ["input", "w_ih", "w_hh", "b_ih", "b_hh", *(["w_hr"] if cell == "lstm" else []), "w_cell", "h0"]
     positional = [arguments.get(name) for name in names + ["c0"] * (cell == "lstm")]
     operator = getattr(torch.ops.fastrnn, f"{cell}_layer")
@@ -267,15 +275,15 @@ def test_paths_agree_on_what_is_saved(cell, force, monkeypatch):
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_second_order(cell, tiling, force):
+def test_second_order(cell, tiling, force, device):
     force(tiling)
-    check_second_order(LayerCase(cell, 4, 3, 5, 21, packed=True, reverse=True), ops, reference, CPU)
+    check_second_order(LayerCase(cell, 4, 3, 5, 21, packed=True, reverse=True), ops, reference, device)
 
 
-def test_exported_programs_obey_a_forced_path(force):
+def test_exported_programs_obey_a_forced_path(force, device):
     """The path is chosen where the program runs, not where it was exported."""
-    module, input = fastrnn.LSTM(5, 13), torch.randn(4, 3, 5)
-    projected = fastrnn.LSTM(5, 13, proj_size=7)
+    module, input = fastrnn.LSTM(5, 13, device=device), torch.randn(4, 3, 5, device=device)
+    projected = fastrnn.LSTM(5, 13, proj_size=7, device=device)
     programs = [torch.export.export(each.eval(), (input,)).module() for each in (module, projected)]
     expected = [each(input)[0] for each in (module, projected)]
     torch.testing.assert_close(programs[1](input)[0], expected[1])
@@ -285,17 +293,19 @@ def test_exported_programs_obey_a_forced_path(force):
         programs[1](input)
 
 
-def test_a_forced_path_serves_or_raises(force, monkeypatch):
+def test_a_forced_path_serves_or_raises(force, monkeypatch, device):
     force(Tiling(1, 1))
     case = LayerCase("gru")
     with pytest.raises(RuntimeError, match="cannot serve this layer: float64 has no persistent kernel"):
         double = replace(case, dtype=torch.float64)
-        double.call(ops, double.draw())
+        double.call(ops, drawn(double, device))
     with pytest.raises(RuntimeError, match="cannot serve this layer: the recurrent weight does not fit"):
         large = replace(case, H=500)
-        large.call(ops, large.draw())
+        large.call(ops, drawn(large, device))
     with pytest.raises(RuntimeError, match="cannot serve this layer: this cell has no persistent kernel"):
-        fastrnn.RNN(3, 4, nonlinearity="leaky_relu", bidirectional=True)(torch.zeros(2, 3))
+        fastrnn.RNN(3, 4, nonlinearity="leaky_relu", bidirectional=True, device=device)(
+            torch.zeros(2, 3, device=device)
+        )
     monkeypatch.setenv("FASTRNN_PATH", "fast")
     with pytest.raises(RuntimeError, match="expected FASTRNN_PATH to be gates or persistent, got fast"):
-        case.call(ops, case.draw())
+        case.call(ops, drawn(case, device))
