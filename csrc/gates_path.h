@@ -24,13 +24,14 @@ namespace fastrnn {
 class OnDevice {
  public:
 #if defined(FASTRNN_EMULATE)
-  explicit OnDevice(const Tensor&) {}
+  explicit OnDevice(int32_t /*index*/) {}
 #else
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+  explicit OnDevice(int32_t index) : guard_(index) {
     check(aoti_torch_get_current_cuda_stream != nullptr, "fastrnn: this torch was built without CUDA");
-    check_torch(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    check_torch(aoti_torch_get_current_cuda_stream(index, &stream_));
   }
 #endif
+  explicit OnDevice(const Tensor& t) : OnDevice(t.get_device_index()) {}
   CudaStream stream() const { return stream_; }
 
  private:

@@ -71,6 +71,16 @@ inline void check_no_failure() {
       "FASTRNN_PATH=gates avoids such kernels");
 }
 
+// Of blocks that have a multiprocessor each, how many clusters a device runs at once.
+inline int64_t clusters_at_once(int64_t blocks, int64_t index) {
+  const OnDevice device(static_cast<int32_t>(index));
+  return cuda_device().teams_at_once(2, static_cast<int>(blocks));
+}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn, m) { m.def("clusters_at_once(int blocks, int device) -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("clusters_at_once", TORCH_BOX(&clusters_at_once));
+}
+
 // Launches of this process that a device refused, where the path "gates" then ran: torch.ops.fastrnn.refused_launches.
 inline std::atomic<int64_t> refusals = 0;
 inline int64_t refused_launches() { return refusals; }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 
@@ -157,6 +158,17 @@ struct CudaDevice {
   int multiprocessors;   // that this process may use
   int shared_per_block;  // bytes, the most that a kernel may ask for
   int l2_bytes;
+  // Of 2, 4, 8 and 16 blocks that have a multiprocessor each: how many run at once. A cluster lies within one of the
+  // parts that a device is made of, so multiprocessors are left over, and devices differ in how large their parts are.
+  std::array<int, 4> clusters;
+
+  int teams_at_once(int grade, int blocks) const {
+    if (grade != 2) return multiprocessors / blocks;
+    for (int i = 0; i < 4; ++i) {
+      if (blocks == 2 << i) return clusters[i];
+    }
+    return 0;
+  }
 };
 
 // What tests and the benchmark ask for; the default leaves everything to the plan.
@@ -310,15 +322,15 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   t.groups_per_warp = static_cast<int>(divide(t.groups, t.warps_k));
   t.groups_in_registers = groups_in_registers(p.pass, p.arithmetic);
 
-  const int64_t room = std::max(1, device.multiprocessors / (t.blocks * t.layers));
+  const int at_once = device.teams_at_once(grade, t.blocks), room = std::max(1, at_once / t.layers);
   if (force.teams > 0) wanted_teams = force.teams;
-  const int64_t most_teams = wanted_teams > 0 ? std::min<int64_t>(wanted_teams, room) : room, eights = divide(p.B, 8);
+  const int64_t most_teams = wanted_teams > 0 ? std::min(wanted_teams, room) : room, eights = divide(p.B, 8);
   int64_t rows_per_team = 8 * divide(eights, most_teams);
   if (rows_per_team > Tiling::kBatch) rows_per_team = Tiling::kBatch * divide(rows_per_team, Tiling::kBatch);
   if (rows_per_team > 1024) return {};
   t.rows_per_team = static_cast<int>(rows_per_team);
   t.teams = static_cast<int>(divide(p.B, rows_per_team));
-  if ((grade == 3 ? t.all_teams() * t.blocks : t.blocks) > device.multiprocessors) return {};
+  if (t.all_teams() > at_once) return {};  // those of grade 3 wait for each other, others would take turns
   if (!place_groups(t, device, force.groups_in_shared)) return {};
   // More would come from memory at every step; a quarter of the cache is for what else passes through it.
   if (t.streamed_packets() * 16 > device.l2_bytes / 4 * 3) return {};
@@ -370,9 +382,7 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
     if (t && (!best || estimated_cycles(*t, p, device) < estimated_cycles(*best, p, device))) best = t;
   };
   consider(1, 1, 0);
-  for (int blocks = 2; device.capability >= 90 && blocks <= PersistentTiling::kMaxCluster; blocks *= 2) {
-    consider(2, blocks, 0);
-  }
+  for (int blocks = 2; blocks <= PersistentTiling::kMaxCluster; blocks *= 2) consider(2, blocks, 0);
   // As many blocks as there are; or fewer that own as many packets as fill the 16-row tiles of the weight that they
   // would take anyway.
   const int64_t packets = divide(p.H, units_per_packet(p.arithmetic, 3)), rows = rows_per_packet(p, 3);

@@ -2,7 +2,9 @@
 // fastrnn._C: what Python cannot know by itself, the facts of this build and of the processor and the plan of a layer.
 // It holds no op, so it needs no torch. setup.py defines the FASTRNN_* strings.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -107,16 +109,17 @@ PYBIND11_MODULE(_C, module) {
       "plan_cuda",
       [](int64_t T, int64_t B, int64_t H, int gates, int states, bool projection, const std::string& arithmetic,
          bool backward, int capability, int multiprocessors, int shared_per_block, int l2_bytes,
-         const std::string& path, int grade, int blocks, int teams, int groups_in_shared, int layers) {
+         const std::array<int, 4>& clusters, const std::string& path, int grade, int blocks, int teams,
+         int groups_in_shared, int layers) {
         fastrnn::CudaForce force{std::nullopt, grade, blocks, teams, groups_in_shared};
         if (!path.empty()) force.path = path_named(path);
         return fastrnn::plan_cuda({T, B, H, gates, states, projection, arithmetic_named(arithmetic),
                                    backward ? fastrnn::Pass::backward : fastrnn::Pass::forward, layers},
-                                  {capability, multiprocessors, shared_per_block, l2_bytes}, force);
+                                  {capability, multiprocessors, shared_per_block, l2_bytes, clusters}, force);
       },
       py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"), py::arg("states"),
       py::arg("projection") = false, py::arg("arithmetic"), py::arg("backward") = false, py::arg("capability") = 90,
       py::arg("multiprocessors") = 132, py::arg("shared_per_block") = 232448, py::arg("l2_bytes") = 50 << 20,
-      py::arg("path") = "", py::arg("grade") = 0, py::arg("blocks") = 0, py::arg("teams") = 0,
-      py::arg("groups_in_shared") = -1, py::arg("layers") = 1);
+      py::arg("clusters") = std::array<int, 4>{66, 32, 16, 8}, py::arg("path") = "", py::arg("grade") = 0,
+      py::arg("blocks") = 0, py::arg("teams") = 0, py::arg("groups_in_shared") = -1, py::arg("layers") = 1);
 }

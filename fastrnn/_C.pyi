@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The facts of this build and of the processor, and the plan of a layer."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 version: str
@@ -133,6 +134,7 @@ def plan_cuda(
     multiprocessors: int = 132,
     shared_per_block: int = 232448,
     l2_bytes: int = 52428800,
+    clusters: Sequence[int] = (66, 32, 16, 8),
     path: Literal["", "gates", "persistent"] = "",
     grade: int = 0,
     blocks: int = 0,
@@ -143,5 +145,5 @@ def plan_cuda(
     """The plan for one pass of a layer, or of both directions of it at once, on a device with the limits of an H100.
 
     What is given of `path`, `grade`, `blocks`, `teams` and `groups_in_shared` is forced; a forced path that cannot
-    serve comes back as "gates" with the reason.
+    serve comes back as "gates" with the reason. `clusters`: of 2, 4, 8 and 16 blocks that run at once.
     """

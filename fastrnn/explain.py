@@ -163,6 +163,9 @@ def _cuda_path(
     if forced == "persistent" and not hasattr(torch.ops.fastrnn, "refused_launches"):
         return "no path, a call raises: FASTRNN_PATH=persistent, built without FASTRNN_PERSISTENT=1"
     gpu = torch.cuda.get_device_properties(device)
+    # Only builds with persistent kernels have this operator.
+    ask = getattr(torch.ops.fastrnn, "clusters_at_once", lambda blocks, device: 0)
+    clusters = [ask(blocks, device.index or 0) for blocks in (2, 4, 8, 16)]
     arithmetic = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}.get(dtype, "fp32")
     if arithmetic == "fp32" and _library.allows_tf32():
         arithmetic = "tf32"
@@ -179,6 +182,7 @@ def _cuda_path(
             multiprocessors=gpu.multi_processor_count,
             shared_per_block=gpu.shared_memory_per_block_optin,  # type: ignore[attr-defined]
             l2_bytes=gpu.L2_cache_size,
+            clusters=clusters,
             path=forced,  # type: ignore[arg-type]
         )
 

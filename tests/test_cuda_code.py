@@ -196,6 +196,27 @@ def test_kernels_compile_without_spills(arch, name, tmp_path):
             assert stack == stores == loads == "0", (kernel, stack, stores, loads)
 
 
+def test_launches(tmp_path):
+    """What a launch asks of CUDA's runtime and in which order, on one of the test's own that needs no GPU."""
+    nvcc = libraries.nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: launches are not checked")
+    flags = ["-std=c++17", "-DFASTRNN_WITH_CUDA", "-Werror=all-warnings", "-gencode=arch=compute_90a,code=sm_90a"]
+    command = [
+        nvcc,
+        *flags,
+        f"-I{ROOT}/csrc",
+        "-cudart",
+        "none",
+        ROOT / "tests/cuda/launches.cu",
+        "-o",
+        tmp_path / "it",
+    ]
+    subprocess.run(command, check=True)
+    done = subprocess.run([tmp_path / "it"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The persistent kernels, which the default build leaves out
 

@@ -457,6 +457,7 @@ def test_explain_a_cuda_path(path, module, text, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     monkeypatch.setattr(_C, "cuda_version", "13.0")
     monkeypatch.setattr(torch.ops.fastrnn, "refused_launches", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.ops.fastrnn, "clusters_at_once", lambda blocks, device: 128 // blocks, raising=False)
     monkeypatch.delenv("FASTRNN_PATH", raising=False)
     if path:
         monkeypatch.setenv("FASTRNN_PATH", path)

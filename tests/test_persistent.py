@@ -39,7 +39,7 @@ def plan(device: str = "h100", cell: str = "lstm", **problem) -> "_C.CudaPlan":
         multiprocessors=facts.multiprocessors,
         shared_per_block=facts.shared_per_block,
         l2_bytes=facts.l2,
-        **problem,
+        **{"clusters": facts.clusters} | problem,
     )
 
 
@@ -104,6 +104,16 @@ def test_larger_layers_take_larger_teams():
     assert [plan("a100", H=H).grade for H in (64, 65, 1024)] == [1, 3, 3]
 
 
+def test_teams_are_as_many_as_clusters_that_run_at_once():
+    """A cluster lies in one part of the device: 132 multiprocessors in parts of 16 or 18 hold 32 of 4 blocks, not 33."""
+    assert plan(H=128, B=2000, grade=2, blocks=4).teams == 32
+    assert plan(H=128, B=2000, grade=2, blocks=4, clusters=(60, 28, 12, 4)).teams <= 28
+    assert plan(H=512, grade=2).blocks == 16
+    assert plan(H=512, grade=2, clusters=(60, 28, 12, 0)).blocks == 8
+    assert plan(H=512, grade=2, clusters=(0, 0, 0, 0)).path == "gates"
+    assert plan(H=512, grade=2, layers=2, clusters=(66, 32, 16, 1)).blocks == 8
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("arithmetic", ["fp16", "bf16", "tf32", "fp32"])
@@ -124,9 +134,8 @@ def test_plans_are_sound(device, cell, arithmetic, backward, layers):
         if planned.grade == 1:
             assert planned.blocks == 1
         if planned.grade == 2:
-            assert planned.blocks in (2, 4, 8, 16)
-            assert planned.blocks <= multiprocessors
-            assert layers * planned.teams * planned.blocks <= multiprocessors or planned.teams == 1
+            at_once = dict(zip((2, 4, 8, 16), DEVICES[device].clusters, strict=True))
+            assert layers * planned.teams <= at_once[planned.blocks]
         if planned.grade == 3:
             assert layers * planned.teams * planned.blocks <= multiprocessors
             assert (planned.blocks - 1) * planned.units_per_block < H
@@ -202,7 +211,7 @@ def test_a_forced_path_raises_where_the_device_refuses():
         library = libraries.build("ops")
     except libraries.Unavailable as reason:
         pytest.skip(f"the emulated CUDA kernels are left out: {reason}")
-    done = run(library, "hindered.py", "refused_and_forced", FASTRNN_EMULATION_RESIDENT_BLOCKS="1")
+    done = run(library, "hindered.py", "refused_and_forced or without_room", FASTRNN_EMULATION_RESIDENT_BLOCKS="1")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -299,12 +308,13 @@ MEASURED = Planted(
     "plan.h", 'if (!force.path) return "no persistent kernel has been measured on a device of this class yet";', ""
 )
 FEW_POLLS = Planted(EXCHANGE, "kMostPolls = 1u << 23", "kMostPolls = 64")
+TOO_MANY_THREADS = Planted("cuda/persistent.cuh", "p.tiling.blocks)), dim3(kThreads)", "p.tiling.blocks)), dim3(2048)")
 SILENT = Planted(EXCHANGE, "if (slot == 0) st_relaxed_gpu(", "if (slot == 0 && place.rank != 1) st_relaxed_gpu(")
 
 
 def test_what_is_planted_has_one_place():
     faults = [Planted(file, *fault[:2]) for file, named in FAULTS.items() for fault in named.values()]
-    for file, before, _ in [*faults, MEASURED, FEW_POLLS, SILENT]:
+    for file, before, _ in [*faults, MEASURED, FEW_POLLS, SILENT, TOO_MANY_THREADS]:
         assert (TESTS.parent / "csrc" / file).read_text().count(before) == 1, (file, before)
 
 
@@ -328,6 +338,13 @@ def test_a_planned_launch_that_the_device_refuses(build_with):
     """Until a device class is measured no plan picks these kernels; what happens when it does must hold already."""
     library = build_with(MEASURED)
     done = run(library, "hindered.py", "refused_and_planned", FASTRNN_EMULATION_RESIDENT_BLOCKS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@extended
+def test_a_planned_launch_that_is_wrong(build_with):
+    library = build_with(MEASURED, TOO_MANY_THREADS)
+    done = run(library, "hindered.py", "mistaken")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

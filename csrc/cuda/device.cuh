@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What kernels need beyond CUDA C++ itself, and the only file with PTX, launches and shared memory declarations.
+// What kernels need beyond CUDA C++ itself, and the only file with PTX and shared memory declarations; launch.cuh is
+// its half for the host.
 //
 // Kernels write the words of CUDA C++ that the compiler knows (threadIdx, __syncthreads, __syncwarp, __shfl_xor_sync,
 // __ballot_sync, atomicAdd on integers, __threadfence) and the wrappers below for everything else. Each wrapper has a
@@ -15,7 +16,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <new>
 
 namespace fastrnn {
 
@@ -46,6 +46,12 @@ struct DeviceAttributes {
   int multiprocessors;
   int shared_per_block;  // bytes of shared memory, the most that a kernel may ask for
   int l2_bytes;
+};
+
+// Blocks of a kernel that run at once on a device.
+struct Room {
+  cudaError_t status;
+  int blocks;
 };
 
 // An object of 8 bytes in shared memory that counts arrivals and the bytes of asynchronous copies, phase after phase.
@@ -367,77 +373,9 @@ __device__ __forceinline__ float tanh_approximate(float x) {
   return y;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Launch
-
-// An error is returned, not left behind for the next caller of cudaGetLastError.
-template <typename... Params>
-cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config, cudaStream_t stream,
-                   typename NonDeduced<Params>::Type... arguments) {
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t launch_config{};
-  launch_config.gridDim = config.grid;
-  launch_config.blockDim = config.block;
-  launch_config.dynamicSmemBytes = config.shared_bytes;
-  launch_config.stream = stream;
-  launch_config.attrs = attributes;
-  if (config.cooperative) {
-    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
-  if (config.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = config.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  }
-  constexpr size_t kSharedWithoutAsking = 48 * 1024;
-  constexpr unsigned kPortableCluster = 8;
-  cudaError_t status = cudaSuccess;
-  if (config.shared_bytes > kSharedWithoutAsking) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(config.shared_bytes));
-  }
-  if (status == cudaSuccess && config.cluster > kPortableCluster) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  if (status == cudaSuccess) status = cudaLaunchKernelEx(&launch_config, kernel, arguments...);
-  if (status != cudaSuccess) cudaGetLastError();
-  return status;
-}
-
-inline const char* status_string(cudaError_t status) { return cudaGetErrorString(status); }
-
-// Of the current device. All zero where there is none.
-inline DeviceAttributes current_device() {
-  int device = 0, major = 0, minor = 0;
-  DeviceAttributes attributes{};
-  const auto ask = [&](int& value, cudaDeviceAttr attribute) { cudaDeviceGetAttribute(&value, attribute, device); };
-  if (cudaGetDevice(&device) != cudaSuccess) return attributes;
-  ask(major, cudaDevAttrComputeCapabilityMajor);
-  ask(minor, cudaDevAttrComputeCapabilityMinor);
-  ask(attributes.multiprocessors, cudaDevAttrMultiProcessorCount);
-  ask(attributes.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(attributes.l2_bytes, cudaDevAttrL2CacheSize);
-  attributes.capability = major * 10 + minor;
-  return attributes;
-}
-
-// A zero in page-locked memory that every device and the host can access, never freed; null when there is none left.
-inline uint32_t* host_visible_word() {
-  // The call that asks first may be captured into a graph: an allocation would end that in its default mode.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  cudaThreadExchangeStreamCaptureMode(&mode);
-  void* word = nullptr;
-  const cudaError_t error = cudaHostAlloc(&word, sizeof(uint32_t), cudaHostAllocPortable | cudaHostAllocMapped);
-  cudaThreadExchangeStreamCaptureMode(&mode);
-  if (error == cudaSuccess) return new (word) uint32_t(0);
-  cudaGetLastError();
-  return nullptr;
-}
-
 }  // namespace fastrnn
+
+#include "launch.cuh"
 #endif
 
 namespace fastrnn {

@@ -34,12 +34,19 @@ CudaStatus launch_write(const int64_t* values, int64_t count, int64_t* to, CudaS
 
 CudaDevice cuda_device() {
   const DeviceAttributes device = current_device();
-  return {device.capability, device.multiprocessors, device.shared_per_block, device.l2_bytes};
+  CudaDevice facts{device.capability, device.multiprocessors, device.shared_per_block, device.l2_bytes, {}};
+  int blocks = 1;
+  // Any kernel will do: with all the shared memory a block takes a multiprocessor, as one of a persistent kernel does.
+  for (int& clusters : facts.clusters) {
+    blocks *= 2;
+    clusters = room_for(write_kernel, PersistentTiling::kThreads, blocks).blocks / blocks;
+  }
+  return facts;
 }
 
+// What else a launch fails with (cudaErrorInvalidConfiguration, cudaErrorLaunchOutOfResources) is a mistake in it.
 bool launch_refused(CudaStatus status) {
-  return status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorLaunchOutOfResources ||
-         status == cudaErrorInvalidClusterSize || status == cudaErrorInvalidConfiguration;
+  return status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorInvalidClusterSize;
 }
 
 uint32_t* failure_word() {

@@ -37,6 +37,7 @@ class Device:
     shared: int  # of one multiprocessor, in bytes
     shared_per_block: int
     l2: int  # bytes
+    clusters: tuple[int, int, int, int] = (0, 0, 0, 0)  # of 2, 4, 8 and 16 blocks that run at once, as if of full GPCs
 
     @property
     def capability(self) -> int:
@@ -48,10 +49,10 @@ DEVICES = {
     "rtx3090": Device("86", 82, 1536, 100 << 10, 99 << 10, 6 << 20),
     "l4": Device("89", 58, 1536, 100 << 10, 99 << 10, 48 << 20),
     "rtx4090": Device("89", 128, 1536, 100 << 10, 99 << 10, 72 << 20),
-    "h100": Device("90a", 132, 2048, 228 << 10, 227 << 10, 50 << 20),
-    "h100_mig_1g": Device("90a", 16, 2048, 228 << 10, 227 << 10, 6 << 20),  # the smallest partition
-    "b200": Device("100", 148, 2048, 228 << 10, 227 << 10, 126 << 20),
-    "rtx5090": Device("120", 170, 1536, 100 << 10, 99 << 10, 96 << 20),
+    "h100": Device("90a", 132, 2048, 228 << 10, 227 << 10, 50 << 20, (66, 32, 16, 8)),
+    "h100_mig_1g": Device("90a", 16, 2048, 228 << 10, 227 << 10, 6 << 20, (8, 4, 2, 1)),  # the smallest partition
+    "b200": Device("100", 148, 2048, 228 << 10, 227 << 10, 126 << 20, (74, 34, 16, 8)),
+    "rtx5090": Device("120", 170, 1536, 100 << 10, 99 << 10, 96 << 20, (85, 40, 20, 0)),
 }
 
 

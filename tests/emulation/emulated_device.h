@@ -337,6 +337,15 @@ struct LaunchPlace {  // a stream turns into the place of the launch that names 
 }  // namespace emulation
 
 template <typename... Params>
+Room room_for(void (* /*kernel*/)(Params...), unsigned threads, unsigned cluster) {
+  emulation::GridLaunch grid;
+  grid.block = {threads, 1, 1};
+  grid.cluster = {cluster, 1, 1};
+  grid.shared_bytes = emulation::config().device->shared_per_block;
+  return {cudaSuccess, static_cast<int>(emulation::resident_blocks(grid))};
+}
+
+template <typename... Params>
 cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config, emulation::LaunchPlace place,
                    typename NonDeduced<Params>::Type... arguments) {
   auto body = [&] { kernel(arguments...); };
@@ -351,8 +360,10 @@ cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config, emulat
   switch (emulation::run_grid(grid, call, &body)) {
     case emulation::Outcome::kCompleted:
       return cudaSuccess;
+    case emulation::Outcome::kNoRoom:
+      return grid.cooperative ? cudaErrorCooperativeLaunchTooLarge : cudaErrorInvalidClusterSize;
     case emulation::Outcome::kRefused:
-      return grid.cooperative ? cudaErrorCooperativeLaunchTooLarge : cudaErrorInvalidConfiguration;
+      return cudaErrorInvalidConfiguration;
     default:
       return cudaErrorLaunchFailure;
   }

@@ -14,27 +14,24 @@ from parity import CELLS, LayerCase, check_layer_parity
 import fastrnn
 from fastrnn import ops, reference
 
-TILINGS = {2: 2, 3: 3}  # grade: blocks
+
+@pytest.fixture
+def three_blocks(monkeypatch):
+    monkeypatch.setenv("FASTRNN_PERSISTENT_GRADE", "3")
+    monkeypatch.setenv("FASTRNN_PERSISTENT_BLOCKS", "3")
 
 
-@pytest.fixture(params=TILINGS, ids=lambda grade: f"grade{grade}")
-def tiling(request, monkeypatch):
-    monkeypatch.setenv("FASTRNN_PERSISTENT_GRADE", str(request.param))
-    monkeypatch.setenv("FASTRNN_PERSISTENT_BLOCKS", str(TILINGS[request.param]))
-    return request.param, TILINGS[request.param]
-
-
-def test_refused_and_forced(tiling, monkeypatch):
+def test_refused_and_forced(three_blocks, monkeypatch):
     monkeypatch.setenv("FASTRNN_PATH", "persistent")
     case = LayerCase("gru")
-    refused = f"cannot serve this layer: the device refused the launch: .* {tiling[1]} blocks, 1 fit"
+    refused = "cannot serve this layer: the device refused the launch: .* 3 blocks, 1 fit"
     with pytest.raises(RuntimeError, match=refused):
         case.call(ops, case.draw())
     assert torch.ops.fastrnn.refused_launches() == 0
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_refused_and_planned(cell, tiling):
+def test_refused_and_planned(cell, three_blocks):
     """The path "gates" computes it, forward and backward, and that can be asked."""
     before = torch.ops.fastrnn.refused_launches()
     with warnings.catch_warnings(record=True) as caught:
@@ -45,6 +42,24 @@ def test_refused_and_planned(cell, tiling):
     assert len(texts) == (before == 0), caught
     explanation = fastrnn.explain(fastrnn.GRU(3, 4), torch.randn(5, 2, 3))
     assert any(f"refused {before + 2} persistent" in note for note in explanation.notes)
+
+
+def test_mistaken(three_blocks, monkeypatch):
+    """What every device refuses is an error, wherever the path comes from: not a lack of room."""
+    case = LayerCase("gru")
+    with pytest.raises(RuntimeError, match="CUDA error: .* refused: invalid block of 2048 threads"):
+        case.call(ops, case.draw())
+    assert torch.ops.fastrnn.refused_launches() == 0
+
+
+def test_clusters_without_room(monkeypatch):
+    """The plan knows, and tries none."""
+    monkeypatch.setenv("FASTRNN_PATH", "persistent")
+    monkeypatch.setenv("FASTRNN_PERSISTENT_GRADE", "2")
+    assert [torch.ops.fastrnn.clusters_at_once(blocks, 0) for blocks in (2, 4, 8, 16)] == [0, 0, 0, 0]
+    case = LayerCase("gru")
+    with pytest.raises(RuntimeError, match="cannot serve this layer: the recurrent weight does not fit"):
+        case.call(ops, case.draw())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

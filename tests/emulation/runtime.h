@@ -43,6 +43,7 @@ struct DeviceLimits {
   size_t shared_per_block;
   int l2_bytes;
   unsigned cluster_blocks;  // 1: no clusters
+  unsigned parts;           // that a cluster lies within one of: GPCs, of as many pairs of multiprocessors as can be
 };
 
 // Read at every launch. From the environment at first: FASTRNN_EMULATION_SEED (a number), FASTRNN_EMULATION_SCHEDULE
@@ -72,7 +73,9 @@ const GridLaunch& current_launch();
 unsigned lane_id();
 unsigned cluster_rank();
 
-enum class Outcome { kCompleted, kRefused, kAborted };  // other than completed: last_error() says why
+// Other than completed: last_error() says why. Refused: the launch is wrong on any device; no room: on this one.
+enum class Outcome { kCompleted, kRefused, kNoRoom, kAborted };
+size_t resident_blocks(const GridLaunch&);  // how many of its blocks the device holds at once
 Outcome run_grid(const GridLaunch&, void (*body)(void*), void* argument);
 const std::string& last_error();
 

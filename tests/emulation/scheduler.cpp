@@ -11,10 +11,10 @@ namespace fastrnn::emulation {
 namespace {
 
 constexpr DeviceLimits kDevices[] = {
-    // name, multiprocessors, threads and blocks of one, shared memory of one and of a block, L2 cache, cluster
-    {"h200", 132, 2048, 32, 228 * 1024, 227 * 1024, 50 << 20, 16},
-    {"a100", 108, 2048, 32, 164 * 1024, 163 * 1024, 40 << 20, 1},
-    {"l4", 58, 1536, 24, 100 * 1024, 99 * 1024, 48 << 20, 1},
+    // name, multiprocessors, threads and blocks of one, shared memory of one and of a block, L2 cache, cluster, parts
+    {"h200", 132, 2048, 32, 228 * 1024, 227 * 1024, 50 << 20, 16, 8},
+    {"a100", 108, 2048, 32, 164 * 1024, 163 * 1024, 40 << 20, 1, 7},
+    {"l4", 58, 1536, 24, 100 * 1024, 99 * 1024, 48 << 20, 1, 5},
 };
 constexpr size_t kReservedSharedPerBlock = 1024;
 constexpr unsigned kMaxThreadsPerBlock = 1024;
@@ -51,8 +51,8 @@ const char* environment(const char* name, const char* otherwise) {
   return value && *value ? value : otherwise;
 }
 
-// Why a real device would refuse the launch; empty if it would not.
-std::string refusal(const GridLaunch& launch, size_t resident) {
+// Why every device would refuse the launch; empty if it would not.
+std::string mistake(const GridLaunch& launch) {
   const DeviceLimits& device = *config().device;
   const size_t threads = launch.block.count();
   if (launch.grid.count() == 0 || launch.grid.y > kMaxGridYZ || launch.grid.z > kMaxGridYZ) return "invalid grid";
@@ -61,12 +61,18 @@ std::string refusal(const GridLaunch& launch, size_t resident) {
     return std::to_string(launch.shared_bytes) + " bytes of dynamic shared memory, the device has " +
            std::to_string(device.shared_per_block);
   }
+  if (launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y || launch.grid.z % launch.cluster.z) {
+    return "the grid is not a multiple of the cluster";
+  }
+  return "";
+}
+
+// Why this device has no room for it; empty if it has.
+std::string no_room(const GridLaunch& launch, size_t resident) {
+  const DeviceLimits& device = *config().device;
   if (launch.cluster.count() > device.cluster_blocks) {
     return "cluster of " + std::to_string(launch.cluster.count()) + " blocks, the device allows " +
            std::to_string(device.cluster_blocks);
-  }
-  if (launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y || launch.grid.z % launch.cluster.z) {
-    return "the grid is not a multiple of the cluster";
   }
   if (launch.cluster.count() > 1 && launch.cluster.count() > resident) {
     return "cluster of " + std::to_string(launch.cluster.count()) + " blocks, " + std::to_string(resident) +
@@ -77,16 +83,6 @@ std::string refusal(const GridLaunch& launch, size_t resident) {
            " fit on the device";
   }
   return "";
-}
-
-size_t resident_blocks(const GridLaunch& launch) {
-  if (config().resident_blocks) return config().resident_blocks;
-  const DeviceLimits& device = *config().device;
-  const size_t threads = (launch.block.count() + 31) / 32 * 32;
-  const size_t per_multiprocessor = std::min(
-      {device.threads_per_multiprocessor / std::max<size_t>(threads, 1), size_t{device.blocks_per_multiprocessor},
-       device.shared_per_multiprocessor / (launch.shared_bytes + kReservedSharedPerBlock)});
-  return per_multiprocessor * device.multiprocessors;
 }
 
 void thread_entry() {
@@ -261,6 +257,24 @@ const ThreadPosition& position() { return self(); }
 const GridLaunch& current_launch() { return grid->launch; }
 unsigned lane_id() { return self().lane; }
 unsigned cluster_rank() { return self().home->rank; }
+
+size_t resident_blocks(const GridLaunch& launch) {
+  const DeviceLimits& device = *config().device;
+  const size_t cluster = launch.cluster.count(), threads = (launch.block.count() + 31) / 32 * 32;
+  if (cluster > device.cluster_blocks) return 0;
+  if (config().resident_blocks) return config().resident_blocks / cluster * cluster;
+  const size_t per_multiprocessor = std::min(
+      {device.threads_per_multiprocessor / std::max<size_t>(threads, 1), size_t{device.blocks_per_multiprocessor},
+       device.shared_per_multiprocessor / (launch.shared_bytes + kReservedSharedPerBlock)});
+  if (cluster == 1) return per_multiprocessor * device.multiprocessors;
+  size_t resident = 0;
+  for (unsigned part = 0; part < device.parts; ++part) {
+    const unsigned pairs = (device.multiprocessors / 2 + part) / device.parts;
+    resident += per_multiprocessor * 2 * pairs / cluster * cluster;
+  }
+  return resident;
+}
+
 const std::string& last_error() { return error_of_last_launch; }
 
 std::string describe(Location where) {
@@ -324,9 +338,10 @@ Outcome run_grid(const GridLaunch& launch, void (*body)(void*), void* argument) 
   grid = &state;
   Outcome outcome = Outcome::kCompleted;
   const size_t resident = resident_blocks(launch);
-  if (const std::string reason = refusal(launch, resident); !reason.empty()) {
-    outcome = Outcome::kRefused;
-    set_error("refused: " + reason);
+  const std::string wrong = mistake(launch), too_large = wrong.empty() ? no_room(launch, resident) : "";
+  if (!wrong.empty() || !too_large.empty()) {
+    outcome = wrong.empty() ? Outcome::kNoRoom : Outcome::kRefused;
+    set_error("refused: " + wrong + too_large);
   } else {
     const bool all_live = launch.cooperative || config().resident_blocks;
     Admission admission(all_live ? resident : std::min<size_t>(resident, kLiveBlocks));
