@@ -105,7 +105,7 @@ def test_larger_layers_take_larger_teams():
 
 
 def test_teams_are_as_many_as_clusters_that_run_at_once():
-    """A cluster lies in one part of the device: 132 multiprocessors in parts of 16 or 18 hold 32 of 4 blocks, not 33."""
+    """A cluster lies in one part of the device: 132 multiprocessors in parts of 16 or 18 hold 32 of 4, not 33."""
     assert plan(H=128, B=2000, grade=2, blocks=4).teams == 32
     assert plan(H=128, B=2000, grade=2, blocks=4, clusters=(60, 28, 12, 4)).teams <= 28
     assert plan(H=512, grade=2).blocks == 16

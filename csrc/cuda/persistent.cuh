@@ -190,6 +190,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
     }
     cp_async_commit();
   };
+  // An asynchronous copy reads as another thread would: what this one has stored comes before it by a fence alone.
+  if (my_streamed > 0) fence_acq_rel_gpu();
   for (int i = 0; i < Tiling::kStages && my_streamed > 0; ++i) ask(tiling.groups_in_shared + i, on_chip + i);
 
   const int column_tiles = tiling.columns() / 8;
