@@ -159,8 +159,7 @@ __device__ __forceinline__ void red_add_release_cluster(uint32_t* flag, uint32_t
   FASTRNN_ASM_SM90("red.release.cluster.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 // Between two threads: before the relaxed store of one and after the relaxed load of the other that sees it. Cheaper
-// than
-// __threadfence, which is sequentially consistent as well.
+// than __threadfence, which is sequentially consistent as well.
 __device__ __forceinline__ void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Polling: the value as it is in memory, in one piece, ordering nothing else. 16 bytes in one piece let data carry

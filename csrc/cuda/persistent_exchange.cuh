@@ -133,7 +133,9 @@ struct GlobalExchange {
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
           const int at = i + j * threads;
-          if (at >= count || !has_row(pass, tile, begin + at)) continue;  // zero since round 0
+          // Rows past the batch keep what was fetched there before: a column of the product comes from one row alone,
+          // and theirs are not read.
+          if (at >= count || !has_row(pass, tile, begin + at)) continue;
           uint32_t polls = 0;
           while (has_units(pass, begin + at) && values[j].w >> step_shift() != expected) {
             if (given_up(++polls)) {
