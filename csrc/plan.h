@@ -222,7 +222,8 @@ struct PersistentTiling {
   }
   FASTRNN_HD int packets_of(int groups) const { return groups * weight_tiles * 64; }  // of the weight, of warps_m warps
   FASTRNN_HD int operand_packets() const { return groups * columns() * 4; }           // of one tile of the batch
-  // Elements of the arrays in shared memory, in the order in which they are carved.
+  // Elements of the arrays in shared memory, in the order in which persistent_kernel takes them; the emulation fails
+  // where shared_bytes() is not the end of the last one.
   FASTRNN_HD int weight_places() const {
     return warps_k * packets_of(groups_in_shared + (groups_streamed() > 0 ? kStages : 0));
   }

@@ -300,7 +300,10 @@ FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
         "no product for h0": ("{ return T + 1; }", "{ return T; }", WRONG, "grade1"),
         "a step of a row without one": ("s >= 0 && mine.row < rows.count) step", "s >= 0) step", BEYOND, "packed"),
     },
-    "plan.h": {"too little shared memory": (" + int64_t{biases()} * 4;", ";", SHARED, "grade1")},
+    "plan.h": {
+        "too little shared memory": (" + int64_t{biases()} * 4;", ";", SHARED, "grade1"),
+        "too much shared memory": ("int64_t{sums()} * 2 * 4", "int64_t{sums()} * 3 * 4", SHARED, "grade1"),
+    },
 }
 VARIANTS = {RACE: "thread", BEYOND: "address"}
 # Changes that other tests need.

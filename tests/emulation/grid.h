@@ -179,7 +179,7 @@ void mbarrier_release(void* barrier);  // what the running identity did comes be
 void mbarrier_count_bytes(void* barrier, size_t bytes);
 bool deliver_one_copy(bool even_late);
 void check_copies_of(const Block&);
-void check_guards_of(const Block&);
+void check_arrays_of(const Block&);  // of shared memory
 void check_readonly();
 void set_error(const std::string& what);
 

@@ -305,7 +305,14 @@ bool deliver_one_copy(bool even_late) {
   return true;
 }
 
-void check_guards_of(const Block& block) {
+void check_arrays_of(const Block& block) {
+  const size_t given = grid->launch.shared_bytes;
+  const size_t taken =
+      block.dynamics.empty() ? 0 : block.dynamics.rbegin()->first + block.dynamics.rbegin()->second.bytes;
+  if (taken < given) {
+    set_error("takes " + std::to_string(taken) + " bytes of dynamic shared memory, the launch gave " +
+              std::to_string(given) + ": more than it needs");
+  }
   for (const auto& [key, array] : block.statics) {
     if (!guard_intact(array)) set_error("writes past the end of a static array of shared memory");
   }

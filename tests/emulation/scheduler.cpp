@@ -168,7 +168,7 @@ class Admission {
 
 void finish_block(Block& block) {
   check_copies_of(block);
-  check_guards_of(block);
+  check_arrays_of(block);
   for (auto it = grid->mbarriers.begin(); it != grid->mbarriers.end();) {
     it = it->second.home == &block ? grid->mbarriers.erase(it) : std::next(it);
   }
