@@ -15,6 +15,7 @@ from fastrnn import _C, _library
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests/cuda"), str(ROOT / "tests/emulation")]
 
+import device_library  # noqa: E402
 import libraries  # noqa: E402
 import machine_code  # noqa: E402
 from machine_code import DEVICES, uses  # noqa: E402
@@ -194,6 +195,26 @@ def test_kernels_compile_without_spills(arch, name, tmp_path):
             assert int(stack) <= 24, (kernel, stack)
         else:
             assert stack == stores == loads == "0", (kernel, stack, stores, loads)
+
+
+def test_a_library_for_a_device_is_made_of_all_that_it_includes(tmp_path, monkeypatch):
+    """A copy of it is current by what is in the sources, not by their times; another header makes it stale."""
+    sources = sorted((ROOT / "tests/emulation").glob("*.cu"))
+    included = {str(file.relative_to(ROOT)) for file in device_library.included_by(sources)}
+    assert {"csrc/cuda/launch.cuh", "csrc/cells/math.h", "tests/emulation/probes.cu"} < included
+    for name in included:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    monkeypatch.setattr(device_library, "ROOT", tmp_path)
+    monkeypatch.setattr(libraries, "nvcc", lambda: Path("true"))  # any program that succeeds
+    library = device_library.build("9.0")
+    library.touch()
+    monkeypatch.setattr(libraries, "nvcc", lambda: None)
+    (tmp_path / "csrc/cells/math.h").touch()
+    assert device_library.build("9.0") == library
+    (tmp_path / "csrc/cells/math.h").write_text("")
+    with pytest.raises(libraries.Unavailable, match="no current"):
+        device_library.build("9.0")
 
 
 def test_launches(tmp_path):
