@@ -164,23 +164,24 @@ struct GatesPath {
         using T = typename decltype(types)::storage;
         using A = typename decltype(types)::acc;
         const T* h_prev = l.w_hr ? nullptr : in<T>(r.h_n);
-        const GatesForward<T, A> p{count,
-                                   l.H,
-                                   at<T>(x_gates, row),
-                                   in<T>(products),
-                                   in<T>(l.b_hh),
-                                   in<T>(l.w_cell),
-                                   h_prev,
-                                   controls<T>(l, s, 0),
-                                   out<A>(r.c_n),
-                                   l.B * l.H,
-                                   l.w_hr ? to<T>(unprojected, m_row) : to<T>(output, row),
-                                   l.w_hr ? nullptr : out<T>(r.h_n),
-                                   to<T>(r.cells, row),
-                                   to<T>(r.saved_gates, row),
-                                   to<A>(r.saved_c, row),
-                                   l.N * l.H,
-                                   out<A>(scratch)};
+        GatesForward<T, A> p{};
+        p.B = count;
+        p.H = l.H;
+        p.x_gates = at<T>(x_gates, row);
+        p.h_gates = in<T>(products);
+        p.b_hh = in<T>(l.b_hh);
+        p.w_cell = in<T>(l.w_cell);
+        p.h_prev = h_prev;
+        p.controls = controls<T>(l, s, 0);
+        p.c = out<A>(r.c_n);
+        p.c_stride = l.B * l.H;
+        p.h_next = l.w_hr ? to<T>(unprojected, m_row) : to<T>(output, row);
+        p.h_state = l.w_hr ? nullptr : out<T>(r.h_n);
+        p.cells = to<T>(r.cells, row);
+        p.saved_gates = to<T>(r.saved_gates, row);
+        p.saved_c = to<A>(r.saved_c, row);
+        p.saved_c_stride = l.N * l.H;
+        p.scratch = out<A>(scratch);
         if constexpr (kNormalises<C>) {
           check_launch(launch_norm_forward<Cell>(p, device.stream()));
         } else if constexpr (!kTwoProducts) {
@@ -453,28 +454,29 @@ struct GatesPath {
         using T = typename decltype(types)::storage;
         using A = typename decltype(types)::acc;
         const T* h = h_prev ? at<T>(h_prev, row) : at<T>(has_before ? output : l.h0, before);
-        const GatesBackward<T, A> p{end - begin,
-                                    l.H,
-                                    in<T>(l.w_cell),
-                                    at<T>(saved.saved_gates, row),
-                                    l.w_hr ? nullptr : h,
-                                    l.w_hr ? nullptr : at<T>(output, row),
-                                    at<A>(has_before ? saved.saved_c : c0, before),
-                                    (has_before ? l.N : l.B) * l.H,
-                                    at<A>(saved.saved_c, row),
-                                    l.N * l.H,
-                                    l.w_hr ? nullptr : at<T>(d_output, row),
-                                    at<T>(d_h, begin),
-                                    at<T>(d_cells, row),
-                                    controls<T>(l, s, begin),
-                                    l.grad_clip,
-                                    l.w_hr ? to<A>(d_m_carry, begin) : to<A>(g.d_h0, begin),
-                                    to<A>(g.d_c0, begin),
-                                    l.B * l.H,
-                                    to<T>(g.d_x_gates, row),
-                                    to<T>(g.d_h_gates, row),
-                                    to<A>(g.d_w_rows, kNormalises<C> ? begin : row),
-                                    to<A>(scratch, begin)};
+        GatesBackward<T, A> p{};
+        p.B = end - begin;
+        p.H = l.H;
+        p.w_cell = in<T>(l.w_cell);
+        p.saved_gates = at<T>(saved.saved_gates, row);
+        p.h_prev = l.w_hr ? nullptr : h;
+        p.h_next = l.w_hr ? nullptr : at<T>(output, row);
+        p.c_prev = at<A>(has_before ? saved.saved_c : c0, before);
+        p.c_prev_stride = (has_before ? l.N : l.B) * l.H;
+        p.c_next = at<A>(saved.saved_c, row);
+        p.c_next_stride = l.N * l.H;
+        p.d_output = l.w_hr ? nullptr : at<T>(d_output, row);
+        p.d_h_product = at<T>(d_h, begin);
+        p.d_cells = at<T>(d_cells, row);
+        p.controls = controls<T>(l, s, begin);
+        p.grad_clip = l.grad_clip;
+        p.d_h = l.w_hr ? to<A>(d_m_carry, begin) : to<A>(g.d_h0, begin);
+        p.d_c = to<A>(g.d_c0, begin);
+        p.d_c_stride = l.B * l.H;
+        p.d_x_gates = to<T>(g.d_x_gates, row);
+        p.d_h_gates = to<T>(g.d_h_gates, row);
+        p.d_w_rows = to<A>(g.d_w_rows, kNormalises<C> ? begin : row);
+        p.scratch = to<A>(scratch, begin);
         if constexpr (kNormalises<C>) {
           check_launch(launch_norm_backward<Cell>(p, device.stream()));
         } else if constexpr (!kTwoProducts) {

@@ -179,15 +179,28 @@ struct PersistentPath : GatesPath<Cell> {
     const Workspace workspace(first, plan.tiling, device);
     const CudaStatus status = dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
-      PersistentForward<T> p{
-          workspace.steps(first),        first.H,       plan.tiling, {}, out<void>(workspace.exchange),
-          out<void>(workspace.streamed), failure_word()};
+      PersistentForward<T> p{};
+      p.steps = workspace.steps(first);
+      p.H = first.H;
+      p.tiling = plan.tiling;
+      p.exchange = out<void>(workspace.exchange);
+      p.streamed = out<void>(workspace.streamed);
+      p.failed = failure_word();
       for (size_t i = 0; i < n; ++i) {
         const Layer& l = *layers[i];
         const ForwardResult& r = results[i];
-        p.layers[i] = {l.steps.reverse, in<T>(x_gates[i]),     in<T>(l.w_hh),        in<T>(l.b_hh),
-                       in<T>(l.h0),     in<T>(l.c0),           out<T>(r.output),     out<T>(r.h_n),
-                       out<T>(r.c_n),   out<T>(r.saved_gates), out<float>(r.saved_c)};
+        auto& to = p.layers[i];
+        to.reverse = l.steps.reverse;
+        to.x_gates = in<T>(x_gates[i]);
+        to.w_hh = in<T>(l.w_hh);
+        to.b_hh = in<T>(l.b_hh);
+        to.h0 = in<T>(l.h0);
+        to.c0 = in<T>(l.c0);
+        to.output = out<T>(r.output);
+        to.h_n = out<T>(r.h_n);
+        to.c_n = out<T>(r.c_n);
+        to.saved_gates = out<T>(r.saved_gates);
+        to.saved_c = out<float>(r.saved_c);
       }
       return launch_persistent_forward<Cell, T>(p, plan.arithmetic, device.stream());
     });
@@ -222,17 +235,32 @@ struct PersistentPath : GatesPath<Cell> {
     const Workspace workspace(first, plan.tiling, device);
     const CudaStatus status = dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
-      PersistentBackward<T> p{
-          workspace.steps(first),        first.H,       plan.tiling, {}, out<void>(workspace.exchange),
-          out<void>(workspace.streamed), failure_word()};
+      PersistentBackward<T> p{};
+      p.steps = workspace.steps(first);
+      p.H = first.H;
+      p.tiling = plan.tiling;
+      p.exchange = out<void>(workspace.exchange);
+      p.streamed = out<void>(workspace.streamed);
+      p.failed = failure_word();
       for (size_t i = 0; i < n; ++i) {
         const Layer& l = *layers[i];
         const ForwardResult& r = *saved[i];
         const GateGradients& g = results[i];
-        p.layers[i] = {l.steps.reverse,     in<T>(l.w_hh),        in<T>(l.h0),          in<T>(l.c0),
-                       in<T>(r.output),     in<T>(r.saved_gates), in<float>(r.saved_c), in<T>(given[i].output),
-                       in<T>(given[i].h_n), in<T>(given[i].c_n),  out<T>(g.d_x_gates),  out<T>(g.d_h_gates),
-                       out<T>(g.d_h0),      out<T>(g.d_c0)};
+        auto& to = p.layers[i];
+        to.reverse = l.steps.reverse;
+        to.w_hh = in<T>(l.w_hh);
+        to.h0 = in<T>(l.h0);
+        to.c0 = in<T>(l.c0);
+        to.output = in<T>(r.output);
+        to.saved_gates = in<T>(r.saved_gates);
+        to.saved_c = in<float>(r.saved_c);
+        to.d_output = in<T>(given[i].output);
+        to.d_h_n = in<T>(given[i].h_n);
+        to.d_c_n = in<T>(given[i].c_n);
+        to.d_x_gates = out<T>(g.d_x_gates);
+        to.d_h_gates = out<T>(g.d_h_gates);
+        to.d_h0 = out<T>(g.d_h0);
+        to.d_c0 = out<T>(g.d_c0);
       }
       return launch_persistent_backward<Cell, T>(p, plan.arithmetic, device.stream());
     });
