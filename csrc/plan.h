@@ -214,7 +214,8 @@ struct PersistentTiling {
 
   FASTRNN_HD int all_teams() const { return layers * teams; }
   FASTRNN_HD int batch_tiles() const { return (rows_per_team + kBatch - 1) / kBatch; }
-  FASTRNN_HD int columns() const { return rows_per_team < kBatch ? 8 : kBatch; }  // rows of the batch in a tile
+  FASTRNN_HD int column_bits() const { return rows_per_team < kBatch ? 3 : 4; }
+  FASTRNN_HD int columns() const { return 1 << column_bits(); }                   // rows of the batch in a tile
   FASTRNN_HD int items() const { return packets_per_block * columns() * slots; }  // of a tile
   FASTRNN_HD int groups_on_chip() const { return groups_in_registers + groups_in_shared; }  // of a warp, at most
   FASTRNN_HD int groups_streamed() const {                                                  // of a warp

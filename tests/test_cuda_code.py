@@ -254,12 +254,13 @@ PERSISTENT_THREADS = 256
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("storage", ["fp16", "bf16", "fp32"])
 def test_persistent_kernels(arch, storage, tmp_path):
-    """No spills; tensor cores; packets in one piece; and a block with all shared memory fits on a multiprocessor."""
+    """No spills; tensor cores; packets in one piece; no division in a step; a block with all shared memory fits."""
     skip_without("cuobjdump", "nvdisasm")
     binary = tmp_path / "kernels.cubin"
     compile_for(arch, ROOT / f"csrc/cuda/persistent_{storage}_cuda.cu", binary)
     used_by = {name: used for (_, name), used in machine_code.instructions(binary).items()}
     kernels = {kernel.name: kernel for kernel in machine_code.kernels(binary)}
+    steps = {name: loop for (_, name), loop in machine_code.longest_loops(binary).items()}
     precisions = ["fp32", "tf32"] if storage == "fp32" else [storage]
     cells = [CELL_NAMES[cell] for cell in CELLS]
     parts = itertools.product(("Forward", "Backward"), cells, precisions, ("Shared", "Global"))
@@ -273,6 +274,9 @@ def test_persistent_kernels(arch, storage, tmp_path):
         assert matrix == ({multiply} if precision != "fp32" else set()), (name, matrix)
         assert not uses(used, "LDL") and not uses(used, "STL"), name
         assert not uses(used, "ATOM") and not uses(used, "RED"), name
+        assert len(steps[name]) > 1000 and uses(set(steps[name]), multiply), name
+        # A division by a number that the compiler does not know goes through these.
+        assert not uses(set(steps[name]), "I2F") and not uses(set(steps[name]), "F2I"), name
         through_memory = [uses(used, f"{way}.E.128.STRONG.GPU") for way in ("LDG", "STG")]
         assert through_memory == [exchange == "Global"] * 2, (name, sorted(used))
         if arch >= "90a" or len(arch) == 3:

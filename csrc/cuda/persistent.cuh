@@ -33,7 +33,7 @@ namespace fastrnn {
 constexpr int kItems = Tiling::kItems;
 constexpr int kSumStride = Tiling::kSumStride;
 constexpr int kColumnTiles = kBatch / 8;
-static_assert(kBatch % 8 == 0 && kThreads % 32 == 0);
+static_assert(kBatch == 16 && kThreads % 32 == 0);
 
 // The rows of a step: row_begin + b for b in 0..count.
 struct StepRows {
@@ -46,20 +46,23 @@ struct StepRows {
   }
 };
 
-// A value of a tile of the batch that a thread owns.
+// A value of a tile of the batch that a thread owns. It is found at every step: by shifts, since a division by a number
+// that the compiler does not know takes some twenty instructions.
 struct Item {
-  int packet;   // of the block
-  int column;   // of the tile
-  int slot;     // of the packet
-  int64_t row;  // of the batch
-  int unit;     // of the layer
+  int packet;  // of the block
+  int column;  // of the tile
+  int slot;    // of the packet
+  int row;     // of the batch: a device holds no more than 1024 times its multiprocessors
+  int unit;    // of the layer
   bool exists;
 
-  __device__ Item(const Tiling& tiling, const Place& place, int64_t B, int64_t H, int tile, int i) {
-    slot = i % tiling.slots;
-    column = i / tiling.slots % tiling.columns();
-    packet = i / tiling.slots / tiling.columns();
-    row = int64_t{place.part} * tiling.rows_per_team + tile * kBatch + column;
+  // The n-th of the thread: all have their slot and column in common.
+  __device__ __forceinline__ Item(const Tiling& tiling, const Place& place, unsigned slots, int64_t B, int64_t H,
+                                  int tile, int n) {
+    slot = threadIdx.x % slots;
+    column = threadIdx.x / slots & (tiling.columns() - 1);
+    packet = (threadIdx.x / slots >> tiling.column_bits()) + n * (kThreads / slots >> tiling.column_bits());
+    row = place.part * tiling.rows_per_team + tile * kBatch + column;
     unit = (place.rank * tiling.packets_per_block + packet) * tiling.units_per_packet + slot;
     exists = slot < tiling.units_per_packet && unit < H && row < B;
   }
@@ -68,8 +71,9 @@ struct Item {
 // The sum of the warps' sums of one row of the weight and one row of the batch.
 __device__ __forceinline__ float total(const Tiling& tiling, const float* sums, int row, int column) {
   float total = 0;
-  for (int warp = 0; warp < tiling.warps_k; ++warp) {
-    total += sums[(warp * tiling.weight_tiles * 16 + row) * kSumStride + column];
+#pragma unroll
+  for (int warp = 0; warp < Tiling::kWarps; ++warp) {
+    if (warp < tiling.warps_k) total += sums[(warp * tiling.weight_tiles * 16 + row) * kSumStride + column];
   }
   return total;
 }
@@ -81,7 +85,7 @@ __device__ __forceinline__ float total(const Tiling& tiling, const float* sums, 
 //   initial(tile, at)      a packet of the first round
 //   prefetch(round, tile)  loads what finish will need, while the exchange is under way
 //   finish(round, tile, sums, exchange), end()
-template <class Params>
+template <class Params, unsigned kSlots>
 struct PassBase {
   const Params& p;
   const typename Params::Layer& own;
@@ -95,21 +99,23 @@ struct PassBase {
   __device__ __forceinline__ float& state(int which, int tile, int i) const {
     return states[(which * tiling.batch_tiles() + tile) * tiling.items() + i];
   }
-  __device__ __forceinline__ Item item(int tile, int i) const { return Item(tiling, place, p.steps.B, p.H, tile, i); }
+  __device__ __forceinline__ Item item(int tile, int n) const {
+    return Item(tiling, place, kSlots, p.steps.B, p.H, tile, n);
+  }
   // Calls f(tile, i, item) for everything that this thread owns.
   template <class F>
   __device__ void for_own_items(const F& f) const {
     for (int tile = 0; tile < tiling.batch_tiles(); ++tile) {
-      for (int i = threadIdx.x; i < tiling.items(); i += kThreads) f(tile, i, item(tile, i));
+      for (int n = 0, i = threadIdx.x; i < tiling.items(); ++n, i += kThreads) f(tile, i, item(tile, n));
     }
   }
 
   // The row of the batch, and the packet, of the place `at` in a tile's packets.
-  __device__ __forceinline__ int64_t row_at(int tile, int at) const {
-    const int within = at % (tiling.columns() * 4);
-    return int64_t{place.part} * tiling.rows_per_team + tile * kBatch + within / 32 * 8 + within % 32 / 4;
+  __device__ __forceinline__ int row_at(int tile, int at) const {
+    const int within = at & (tiling.columns() * 4 - 1);
+    return place.part * tiling.rows_per_team + tile * kBatch + (within >> 5) * 8 + (within >> 2 & 7);
   }
-  __device__ __forceinline__ int packet_at(int at) const { return at / (tiling.columns() * 4) * 4 + at % 4; }
+  __device__ __forceinline__ int packet_at(int at) const { return (at >> (tiling.column_bits() + 2)) * 4 + (at & 3); }
 
   // The first hidden unit of the block.
   __device__ __forceinline__ int first_unit() const {

@@ -14,11 +14,11 @@
 namespace fastrnn {
 
 template <template <typename> class Cell, class Products>
-struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> {
+struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>, Products::kSlots> {
   using C = Cell<float>;
   using scalar_t = typename Products::scalar_t;
   using Params = PersistentBackward<scalar_t>;
-  using Base = PassBase<Params>;
+  using Base = PassBase<Params, Products::kSlots>;
   using Base::p, Base::own, Base::tiling, Base::place, Base::state, Base::item;
   static constexpr Pass kPass = Pass::backward;
   static constexpr int kVectors = C::kGates;
@@ -62,7 +62,7 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
       if (i >= tiling.items()) break;
-      const Item mine = item(tile, i);
+      const Item mine = item(tile, n);
       if (!mine.exists || mine.row >= rows.count) continue;
       const bool started = s > 0 && mine.row < before.count;
       const int64_t at = (rows.begin + mine.row) * p.H + mine.unit;
@@ -90,7 +90,7 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>> 
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
       if (i >= tiling.items()) break;  // whole warps: a tile's items are a multiple of 32
-      const Item mine = item(tile, i);
+      const Item mine = item(tile, n);
       scalar_t d_gh[C::kGates];
 #pragma unroll
       for (int k = 0; k < C::kGates; ++k) d_gh[k] = from_acc<scalar_t>(0.0f);

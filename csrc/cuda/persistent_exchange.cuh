@@ -10,8 +10,8 @@ namespace fastrnn {
 constexpr int kThreads = Tiling::kThreads;
 constexpr int kBatch = Tiling::kBatch;
 
-__device__ __forceinline__ int packet_place(const Tiling& tiling, int packet, int column) {
-  return packet / 4 * tiling.columns() * 4 + column / 8 * 32 + column % 8 * 4 + packet % 4;
+__device__ __forceinline__ int packet_place(const Tiling& tiling, unsigned packet, unsigned column) {
+  return (packet / 4 << (tiling.column_bits() + 2)) + column / 8 * 32 + column % 8 * 4 + packet % 4;
 }
 
 // The place of a block, and of a warp in it.
@@ -118,6 +118,13 @@ struct GlobalExchange {
     if (round == 0) {
       for (int i = first; i < count; i += threads) staged[i] = pass.initial(tile, begin + i);
     } else {
+      // What is published, and so waited for, are packets of the blocks' units, for the batch's rows. A thread's have
+      // their place in 32 in common: they are of one row, or of two that are 8 apart.
+      const int with_units =
+          (tiling.blocks * tiling.packets_per_block * Pass::kVectors - first % 4 + 3) / 4 * per_group;
+      const int published = min(count, with_units - begin);
+      const int rows = static_cast<int>(pass.p.steps.B) - pass.row_at(tile, first % 32);
+      const auto has_row = [&](int at) { return (at & (per_group - 32)) / 4 < rows; };
       const Packet* from = buffer(round, tile) + begin;
       const uint32_t expected = step_bits(tiling.units_per_packet, round);
       for (int i = first; i < count; i += kInFlight * threads) {
@@ -126,7 +133,7 @@ struct GlobalExchange {
         for (int j = 0; j < kInFlight; ++j) {
           const int at = i + j * threads;
           values[j] = {};
-          if (at < count && has_row(pass, tile, begin + at) && has_units(pass, begin + at)) {
+          if (at < published && has_row(at)) {
             values[j] = ld_relaxed_gpu(from + at);
           }
         }
@@ -135,9 +142,9 @@ struct GlobalExchange {
           const int at = i + j * threads;
           // Rows past the batch keep what was fetched there before: a column of the product comes from one row alone,
           // and theirs are not read.
-          if (at >= count || !has_row(pass, tile, begin + at)) continue;
+          if (at >= count || !has_row(at)) continue;
           uint32_t polls = 0;
-          while (has_units(pass, begin + at) && values[j].w >> step_shift() != expected) {
+          while (at < published && values[j].w >> step_shift() != expected) {
             if (given_up(++polls)) {
               values[j] = {~0u, ~0u, ~0u, ~0u};  // NaN in every precision
               break;
@@ -163,15 +170,6 @@ struct GlobalExchange {
   __device__ __forceinline__ void end_round() const {}
 
  private:
-  // What is published: packets of the batch's rows, of the blocks' units.
-  template <class Pass>
-  __device__ __forceinline__ bool has_row(const Pass& pass, int tile, int at) const {
-    return pass.row_at(tile, at) < pass.p.steps.B;
-  }
-  template <class Pass>
-  __device__ __forceinline__ bool has_units(const Pass& pass, int at) const {
-    return pass.packet_at(at) < tiling.blocks * tiling.packets_per_block * Pass::kVectors;
-  }
   // Of the warps that share a slice.
   __device__ __forceinline__ void wait() const {
     if (tiling.warps_m == 1) {

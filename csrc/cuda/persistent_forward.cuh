@@ -12,11 +12,11 @@
 namespace fastrnn {
 
 template <template <typename> class Cell, class Products>
-struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
+struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>, Products::kSlots> {
   using C = Cell<float>;
   using scalar_t = typename Products::scalar_t;
   using Params = PersistentForward<scalar_t>;
-  using Base = PassBase<Params>;
+  using Base = PassBase<Params, Products::kSlots>;
   using Base::p, Base::own, Base::tiling, Base::place, Base::state, Base::item;
   static constexpr Pass kPass = Pass::forward;
   static constexpr int kVectors = 1;
@@ -56,7 +56,7 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
       if (i >= tiling.items()) break;
-      const Item mine = item(tile, i);
+      const Item mine = item(tile, n);
       if (!mine.exists || mine.row >= rows.count) continue;
       const scalar_t* from = own.x_gates + (rows.begin + mine.row) * C::kGates * p.H + mine.unit;
 #pragma unroll
@@ -72,7 +72,7 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>> {
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
       if (i >= tiling.items()) break;  // whole warps: a tile's items are a multiple of 32
-      const Item mine = item(tile, i);
+      const Item mine = item(tile, n);
       if (mine.exists && mine.row < rows.count) step(rows.begin + mine.row, tile, n, i, mine, sums);
       if (last) continue;
       uint32_t bits = exchange.step_bits(mine.slot, round + 1);

@@ -91,17 +91,36 @@ def kernels(binary: Path) -> list[Kernel]:
 
 
 @cache
-def instructions(binary: Path) -> dict[tuple[str, str], set[str]]:
-    """The instructions in use, by architecture and mangled name of the kernel."""
-    found: dict[tuple[str, str], set[str]] = {}
-    arch, used = "", set[str]()
+def _code(binary: Path) -> dict[tuple[str, str], list[tuple[int, str, str]]]:
+    """Address, instruction and operands, by architecture and mangled name of the kernel."""
+    found: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
+    arch, code = "", list[tuple[int, str, str]]()
     for line in cuobjdump("-sass", binary).splitlines():
         if match := re.match(r"arch = sm_(\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s+Function : (\S+)", line):
-            used = found.setdefault((arch, match[1]), set())
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            used.add(match[1])
+            code = found.setdefault((arch, match[1]), [])
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
+            code.append((int(match[1], 16), match[2], match[3]))
+    return found
+
+
+@cache
+def instructions(binary: Path) -> dict[tuple[str, str], set[str]]:
+    """The instructions in use, by architecture and mangled name of the kernel."""
+    return {kernel: {instruction for _, instruction, _ in code} for kernel, code in _code(binary).items()}
+
+
+@cache
+def longest_loops(binary: Path) -> dict[tuple[str, str], list[str]]:
+    """The instructions between the jump back that goes farthest and its target: of a persistent kernel, a step."""
+    found = {}
+    for kernel, code in _code(binary).items():
+        jumps = [
+            (int(to[1], 16), at) for at, name, rest in code if name == "BRA" and (to := re.search(r"0x(\w+)", rest))
+        ]
+        first, last = max(jumps, key=lambda jump: jump[1] - jump[0], default=(0, 0))
+        found[kernel] = [name for at, name, _ in code if first <= at <= last]
     return found
 
 
