@@ -345,10 +345,12 @@ inline int64_t estimated_cycles(const PersistentTiling& t, const CudaProblem& p,
   using Tiling = PersistentTiling;
   constexpr int kWarpsPerScheduler = Tiling::kWarps / 4;
   constexpr int kSharedBytes = 128, kSharedLatency = 30, kBarrier = 40;  // a cycle; cycles
-  constexpr int kCell = 120;                                             // gate maths and stores of one value a thread
-  constexpr int kClusterExchange = 400;                                  // stores to another block, and a barrier
-  constexpr int kGlobalExchange = 1000;                                  // a store and on average 1.5 loads through L2
-  constexpr int kL2Bytes = 3200, kL2BytesPerBlock = 64;                  // a cycle, of the device and of a block
+  // Instructions of a thread, counted in the machine code for sm_90a: for a value, and for each of its gates; to ask
+  // for a packet of grade 3, look at it and put it down. A scheduler starts one of one of its warps a cycle.
+  constexpr int kValue = 120, kGate = 110, kPacket = 75;
+  constexpr int kClusterExchange = 400;                  // stores to another block, and a barrier
+  constexpr int kGlobalExchange = 1000;                  // a store and on average 1.5 loads through L2
+  constexpr int kL2Bytes = 3200, kL2BytesPerBlock = 64;  // a cycle, of the device and of a block
   constexpr int kL2Latency = 600;
   const int column_tiles = t.columns() / 8, tiles_per_warp = std::min(weight_tiles_per_warp(p.pass), t.weight_tiles);
   const bool plain = p.arithmetic == Arithmetic::fp32;
@@ -364,13 +366,15 @@ inline int64_t estimated_cycles(const PersistentTiling& t, const CudaProblem& p,
   const int64_t streamed = through_l2(int64_t{t.warps_k} * t.packets_of(t.groups_streamed()) * 16);
   const int64_t operands = std::max({product, reads * Tiling::kWarps / kSharedBytes, streamed});
   const int64_t sums = int64_t{t.sums()} * 4 * 2 / kSharedBytes + 2 * kSharedLatency + kBarrier;
-  const int64_t cells = divide(t.items(), Tiling::kThreads) * kCell;
+  const int64_t cells = divide(t.items(), Tiling::kThreads) * kWarpsPerScheduler * (kValue + kGate * p.gates);
   const int64_t work = operands + sums + cells, fetched = int64_t{t.operand_packets()} * 16;
   if (t.grade == 1) return t.batch_tiles() * work + kBarrier;
   if (t.grade == 2) return t.batch_tiles() * (work + fetched / (kSharedBytes / 2)) + kClusterExchange;
   const int64_t turns = divide(int64_t{t.window} * t.columns() * 4, int64_t{t.warps_m} * 32 * Tiling::kInFlight) *
                         divide(t.groups_per_warp, t.window);
-  const int64_t fetch = std::max(through_l2(fetched), (turns - 1) * kL2Latency);
+  const int64_t packets = divide(int64_t{t.groups_per_warp} * t.columns() * 4, int64_t{t.warps_m} * 32);  // of a thread
+  const int64_t fetch =
+      std::max({through_l2(fetched), (turns - 1) * kL2Latency, packets * kWarpsPerScheduler * kPacket});
   return std::max(t.batch_tiles() * (work + fetch), work + fetch + kGlobalExchange);  // tiles hide each other's latency
 }
 

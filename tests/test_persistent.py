@@ -99,9 +99,9 @@ def test_the_chip_goes_before_the_cache():
 
 
 def test_larger_layers_take_larger_teams():
-    grades = [plan(H=H).grade for H in (16, 64, 65, 512, 768, 1536)]
+    grades = [plan(H=H).grade for H in (16, 32, 65, 512, 768, 1536)]
     assert grades == [1, 1, 2, 2, 3, 3]
-    assert [plan("a100", H=H).grade for H in (64, 65, 1024)] == [1, 3, 3]
+    assert [plan("a100", H=H).grade for H in (32, 65, 1024)] == [1, 3, 3]
 
 
 def test_teams_are_as_many_as_clusters_that_run_at_once():
