@@ -334,58 +334,6 @@ def test_representation_shows_what_goes_beyond_torch_nn():
     assert repr(fastrnn.RNN(3, 4, nonlinearity="relu")) == repr(nn.RNN(3, 4, nonlinearity="relu"))
 
 
-@pytest.mark.parametrize("name", ("gru", "lstm", "slstm", "gru_norm", "lstm_norm"))
-def test_compiled_without_a_graph_break(name):
-    module = build(name, zoneout=0.0 if name == "slstm" else 0.25, recurrent_dropout=0.25, grad_clip=0.5).eval()
-    input = draw(T, B, I).requires_grad_()
-    reset = torch.zeros(T, B, dtype=torch.bool)
-    reset[3] = True
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    results = []
-    for run in (module, compiled):
-        output, _ = run(input, lengths=LENGTHS, reset=reset)
-        results.append([output, *gradients([output], module, input)])
-    assert_same(*results)
-
-
-class Call(nn.Module):
-    """A module with all that a call may say."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.options = {"return_cell_states": True} if isinstance(module, fastrnn.LSTM) else {}
-
-    def forward(self, input, lengths, reset):
-        output, states, *cells = self.module(input, lengths=lengths, reset=reset, **self.options)
-        return output, *states_of(states), *cells
-
-
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("make", ("trace", "export"))
-@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
-def test_programs_of_calls_with_everything(make, name):
-    """Of other lengths than they were made with, with gradients; `checkpoint`, which programs do without, is no bar."""
-    call = Call(build(name, num_layers=2, bidirectional=True, grad_clip=0.5, checkpoint=3)).eval()
-    T_, B_ = torch.export.Dim("T", min=2), torch.export.Dim("B", min=2)
-    first, second = (
-        (draw(T, B, I).requires_grad_(), torch.tensor([T, 1, 0, T, 4][:B]), draw(T, B, seed=2) > 0.5)
-        for T, B in ((9, 5), (7, 3))
-    )
-    second[1].clamp_(max=7)
-    if make == "trace":
-        program = torch.jit.trace(call, first)
-    else:
-        program = torch.export.export(call, first, dynamic_shapes=({0: T_, 1: B_}, {0: B_}, {0: T_, 1: B_})).module()
-    for arguments in (first, second):
-        expected, got = call(*arguments), program(*arguments)
-        assert_same(got, expected)
-        assert_same(
-            torch.autograd.grad(sum(o.sin().sum() for o in got), arguments[0]),
-            torch.autograd.grad(sum(o.sin().sum() for o in expected), arguments[0]),
-        )
-
-
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "gru_before" and not name.endswith("norm")])
 def test_short_types(name, dtype):
