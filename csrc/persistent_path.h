@@ -180,12 +180,7 @@ struct PersistentPath : GatesPath<Cell> {
     const CudaStatus status = dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
       PersistentForward<T> p{};
-      p.steps = workspace.steps(first);
-      p.H = first.H;
-      p.tiling = plan.tiling;
-      p.exchange = out<void>(workspace.exchange);
-      p.streamed = out<void>(workspace.streamed);
-      p.failed = failure_word();
+      workspace.fill(p, first, plan.tiling);
       for (size_t i = 0; i < n; ++i) {
         const Layer& l = *layers[i];
         const ForwardResult& r = results[i];
@@ -236,12 +231,7 @@ struct PersistentPath : GatesPath<Cell> {
     const CudaStatus status = dispatch_float(t, [&](auto types) {
       using T = typename decltype(types)::storage;
       PersistentBackward<T> p{};
-      p.steps = workspace.steps(first);
-      p.H = first.H;
-      p.tiling = plan.tiling;
-      p.exchange = out<void>(workspace.exchange);
-      p.streamed = out<void>(workspace.streamed);
-      p.failed = failure_word();
+      workspace.fill(p, first, plan.tiling);
       for (size_t i = 0; i < n; ++i) {
         const Layer& l = *layers[i];
         const ForwardResult& r = *saved[i];
@@ -309,7 +299,16 @@ struct PersistentPath : GatesPath<Cell> {
         check_launch(launch_write(l.row_begin.data(), l.T + 1, out<int64_t>(row_begin), device.stream()));
       }
     }
-    DeviceSteps steps(const Layer& l) const { return {l.T, l.B, in<int64_t>(row_begin)}; }
+    // The parameters of a pass, but for its layers.
+    template <typename Parameters>
+    void fill(Parameters& p, const Layer& first, const PersistentTiling& tiling) const {
+      p.steps = {first.T, first.B, in<int64_t>(row_begin)};
+      p.H = first.H;
+      p.tiling = tiling;
+      p.exchange = out<void>(exchange);
+      p.streamed = out<void>(streamed);
+      p.failed = failure_word();
+    }
   };
 };
 
