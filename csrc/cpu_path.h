@@ -434,16 +434,15 @@ struct CpuPath {
     const ScalarType t = compute(l.storage);
     const int64_t M = d_gates.size(1);
     WeightAndBias d;
-    if (weight) d.weight = empty(d_gates, {M, K}, acc_dtype(t));
-    if (bias) d.bias = empty(d_gates, {M}, acc_dtype(t));
+    if (weight) d.weight = empty(d_gates, {M, K}, t);
+    if (bias) d.bias = empty(d_gates, {M}, t);
     dispatch_storage(t, [&](auto zero) {
       using S = decltype(zero);
-      using T = typename TypesOf<S>::acc_t;
       using R = typename TypesOf<S>::operand_t;
       std::vector<const S*> rows;
       rows.reserve(l.real_rows());
       if (weight) list(zero, rows);
-      weight_gradient_cpu<S>({l.real_rows(), M, K, in<R>(d_gates), rows.data(), out<T>(d.weight), out<T>(d.bias)},
+      weight_gradient_cpu<S>({l.real_rows(), M, K, in<R>(d_gates), rows.data(), out<S>(d.weight), out<S>(d.bias)},
                              torch_threads());
     });
     return d;

@@ -219,13 +219,12 @@ struct InputGradient {
 // d_weight = the sum over n of d_gates[n]^T rows[n], and d_bias that of d_gates[n].
 template <typename scalar_t>
 struct WeightGradient {
-  using acc_t = typename TypesOf<scalar_t>::acc_t;
   using operand_t = typename TypesOf<scalar_t>::operand_t;
   int64_t N, M, K;
   const operand_t* d_gates;     // [N, M]
   const scalar_t* const* rows;  // [N] rows of K: what the weight was multiplied with
-  acc_t* d_weight;              // [M, K] or null
-  acc_t* d_bias;                // [M] or null
+  scalar_t* d_weight;           // [M, K] or null
+  scalar_t* d_bias;             // [M] or null
 };
 
 template <typename scalar_t>

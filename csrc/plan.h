@@ -84,6 +84,7 @@ constexpr bool packs_recurrent(const CpuProblem& p) {
 inline CpuPlan plan_layer(const CpuProblem& p) {
   // A barrier costs about what one thread does with 4096 weights read from its cache.
   constexpr int64_t kMinimumWeightsPerThread = 4096;
+  constexpr int64_t kUnitsOfVector = 16;  // the widest: what cannot be divided
   // From here on the weights are read from cache often enough per step that reading them in every thread is free.
   constexpr int64_t kRowsPerThread = 4;
   const auto plan = [&](Split split, int64_t threads, const char* reason) {
@@ -105,7 +106,8 @@ inline CpuPlan plan_layer(const CpuProblem& p) {
                                         : "a projection splits by rows only";
     return plan(Split::rows, std::min<int64_t>(p.threads, p.B), reason);
   }
-  const int64_t by_units = std::min<int64_t>(p.threads, p.B * p.recurrent_weights() / kMinimumWeightsPerThread);
+  const int64_t by_units = std::min({int64_t{p.threads}, p.B * p.recurrent_weights() / kMinimumWeightsPerThread,
+                                     (p.H + kUnitsOfVector - 1) / kUnitsOfVector});
   const int64_t by_rows = std::min<int64_t>(p.threads, p.B / kRowsPerThread);
   if (by_units > by_rows && by_units > 1) {
     return plan(Split::units, by_units, "few rows: threads share the hidden units");
@@ -132,6 +134,48 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
                                    : "few rows: both directions at once, each on half of the threads";
   return beside;
 }
+
+// The first of the units of a share, whole vectors of them; of share number `shares`, the end of all.
+constexpr int64_t unit_share(int64_t units, int64_t vector, int64_t share, int64_t shares) {
+  return std::min(units, (units + vector - 1) / vector * share / shares * vector);
+}
+
+// How threads share a product over all steps: blocks of its rows and, where these are too few, of its columns.
+class ProductShares {
+ public:
+  struct Share {
+    int64_t row_begin, row_end, column_begin, column_end;
+  };
+
+  // What a thread does for each of its blocks of rows or columns beside their products is counted in products of a
+  // block of rows with one of columns.
+  ProductShares(int64_t rows, int64_t row_block, int64_t columns, int64_t column_block, int64_t threads,
+                double beside_rows = 0, double beside_columns = 0)
+      : rows_(rows), row_block_(row_block), columns_(columns), column_block_(column_block) {
+    const auto blocks = [](int64_t n, int64_t size) { return std::max<int64_t>(1, (n + size - 1) / size); };
+    const int64_t row_blocks = blocks(rows, row_block), column_blocks = blocks(columns, column_block);
+    double least = 0;
+    for (int64_t across = 1; across <= std::min(column_blocks, threads); ++across) {
+      const int64_t down = std::min(threads / across, row_blocks);
+      const auto most_rows = static_cast<double>(blocks(row_blocks, down));
+      const auto most_columns = static_cast<double>(blocks(column_blocks, across));
+      const double time = most_rows * most_columns + beside_rows * most_rows + beside_columns * most_columns;
+      if (across > 1 && time >= least) continue;
+      least = time, across_ = across, down_ = down;
+    }
+  }
+
+  int64_t count() const { return down_ * across_; }
+  Share operator[](int64_t i) const {
+    const auto row = [&](int64_t share) { return unit_share(rows_, row_block_, share, down_); };
+    const auto column = [&](int64_t share) { return unit_share(columns_, column_block_, share, across_); };
+    const int64_t r = i / across_, c = i % across_;
+    return {row(r), row(r + 1), column(c), column(c + 1)};
+  }
+
+ private:
+  int64_t rows_, row_block_, columns_, column_block_, down_ = 1, across_ = 1;
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA

@@ -48,8 +48,9 @@ def test_cells(isa, tmp_path):
     compile_and_run("cells_test", tmp_path, *INSTRUCTION_SETS[isa])
 
 
-def test_scratch(tmp_path):
-    compile_and_run("scratch_test", tmp_path)
+@pytest.mark.parametrize("name", ["scratch_test", "shares_test"])
+def test_what_is_the_same_everywhere(name, tmp_path):
+    compile_and_run(name, tmp_path)
 
 
 @pytest.mark.parametrize("sanitizer", ["none", "thread"])

@@ -24,7 +24,6 @@ class Backward {
         pool_(pool),
         plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>,
                         layers, kWidens<S>, Pass::backward})),
-        panels_(Panel::panels(p.H)),
         team_(plan_.threads, p.B * Cell::kGates * p.H * p.P / plan_.threads) {}
 
   const CpuPlan& plan() const { return plan_; }
@@ -35,7 +34,7 @@ class Backward {
     hh_ = Columns<S>(p_.w_hh, p_.P, Cell::kGates * p_.H, plan_.pack_recurrent, pool);
     if (p_.w_hr) hr_ = Columns<S>(p_.w_hr, p_.H, p_.P, plan_.pack_recurrent, pool);
     if constexpr (kNormalises<Cell>) {
-      for (int i = 0; i < plan_.threads; ++i) rows_.emplace_back(p_.H, panels_);
+      for (int i = 0; i < plan_.threads; ++i) rows_.emplace_back(p_.H);
     }
     if (plan_.split == Split::rows) row_ends_ = split_rows(p_.steps, p_.B, plan_.threads);
   }
@@ -46,7 +45,8 @@ class Backward {
       Team::Range mine = team_.join({begin, end});
       if (mine.begin == mine.end) return;
       const auto part_of = [&](Team::Range shares) {
-        return Part{0, p_.B, panels_ * shares.begin / plan_.threads, panels_ * shares.end / plan_.threads};
+        const auto unit_of = [&](int64_t share) { return unit_share(p_.H, kWidth<T>, share, plan_.threads); };
+        return Part{0, p_.B, {unit_of(shares.begin), unit_of(shares.end)}};
       };
       run_part(part_of(mine), [&](int64_t step, Part& part) {
         mine = team_.barrier(mine, step);
@@ -55,7 +55,7 @@ class Backward {
       });
     } else {
       for (int64_t i = begin; i < end; ++i) {
-        run_part({row_ends_[i], row_ends_[i + 1], 0, panels_, rows_.empty() ? nullptr : &rows_[i]},
+        run_part({row_ends_[i], row_ends_[i + 1], {0, p_.H}, rows_.empty() ? nullptr : &rows_[i]},
                  [](int64_t, Part&) { return true; });
       }
     }
@@ -76,27 +76,30 @@ class Backward {
 
   // Of a cell that normalises: what the panels of a row share, one row after the other in a thread.
   struct WholeRow {
+    int64_t width;  // H, and the rest of the last panel
     Buffer<T> memory;
-    T* d_h;      // [tile rows, panels*kBlock]  then d_o
+    T* d_h;      // [tile rows, width]  then d_o
     T* d_gates;  // [2, G*H]  gradients of the normalised products, of x and of h
     T* c;        // [H]  c as the cell made it
-    T* d_c;      // [panels*kBlock]  the way through h; before that, gradient of the normalised c
+    T* d_c;      // [width]  the way through h; before that, gradient of the normalised c
     T* d_w;      // [kParameters*H]  sums
 
-    WholeRow(int64_t H, int64_t panels)
-        : memory((kRows + 1) * panels * Panel::kBlock + (2 * Cell::kGates + 1 + Cell::kParameters) * H) {
+    explicit WholeRow(int64_t H)
+        : width(Panel::panels(H) * Panel::kBlock),
+          memory((kRows + 1) * width + (2 * Cell::kGates + 1 + Cell::kParameters) * H) {
       d_h = memory.get();
-      d_c = d_h + kRows * panels * Panel::kBlock;
-      d_gates = d_c + panels * Panel::kBlock;
+      d_c = d_h + kRows * width;
+      d_gates = d_c + width;
       c = d_gates + 2 * Cell::kGates * H;
       d_w = c + H;
       std::fill_n(d_w, Cell::kParameters * H, T(0));
     }
   };
 
-  // What one thread does: rows of the batch and panels of the hidden units.
+  // What one thread does: rows of the batch and hidden units.
   struct Part {
-    int64_t row_begin, row_end, panel_begin, panel_end;
+    int64_t row_begin, row_end;
+    Units units;
     WholeRow* whole = nullptr;
   };
 
@@ -104,10 +107,10 @@ class Backward {
   template <typename Barrier>
   void run_part(Part part, const Barrier& barrier) const {
     // A row takes up the gradients of its final states at its last step: they are what is carried into it.
-    set_columns(p_.d_h0, p_.d_h_n, p_.P, part, p_.w_hr ? Panel::panels(p_.P) : part.panel_end);
+    set_columns(p_.d_h0, p_.d_h_n, p_.P, part, p_.w_hr ? p_.P : part.units.end);
     for (int k = 0; k < Cell::kStates - 1; ++k) {
       const int64_t first = k * p_.B * p_.H;
-      set_columns(p_.d_c0 + first, p_.d_c_n ? p_.d_c_n + first : nullptr, p_.H, part, part.panel_end);
+      set_columns(p_.d_c0 + first, p_.d_c_n ? p_.d_c_n + first : nullptr, p_.H, part, part.units.end);
     }
 
     for (int64_t s = p_.steps.T - 1; s >= 0; --s) {
@@ -116,13 +119,13 @@ class Backward {
       const int64_t started = std::clamp(p_.steps.count(s - 1), part.row_begin, end);   // rows with a step before
       const int64_t first_row = p_.steps.row_begin[p_.steps.time(s)];
       if (p_.w_hr) {
-        for (int64_t panel = 0; panel < Panel::panels(p_.P); ++panel) project(panel, s, part.row_begin, going_on, end);
+        for_each_panel<Panel>({0, p_.P}, [&](Units units) { project(units, s, part.row_begin, going_on, end); });
       }
-      const auto hidden_gradient = [&](int64_t panel, int64_t b, int count, bool following, T* d_h) {
+      const auto hidden_gradient = [&](Units units, int64_t b, int count, bool following, T* d_h) {
         if (p_.w_hr) {
-          hr_.times(panel, p_.d_projected, first_row + b, count, d_h);
+          hr_.times(units, p_.d_projected, first_row + b, count, d_h);
         } else {
-          output_gradient(panel, s, b, count, following, d_h);
+          output_gradient(units, s, b, count, following, d_h);
         }
       };
       const auto for_tiles = [&](const auto& f) {
@@ -130,57 +133,54 @@ class Backward {
         for_each_tile(going_on, end, kRows, [&](int64_t b, int count) { f(b, count, false); });
       };
       if constexpr (kNormalises<Cell>) {
-        const int64_t width = panels_ * Panel::kBlock;
+        const int64_t width = part.whole->width;
         for_tiles([&](int64_t b, int count, bool following) {
-          for (int64_t panel = 0; panel < panels_; ++panel) {
+          for_each_panel<Panel>({0, p_.H}, [&](Units units) {
             alignas(64) Tile d_h;
-            hidden_gradient(panel, b, count, following, d_h);
+            hidden_gradient(units, b, count, following, d_h);
             for (int r = 0; r < count; ++r) {
-              std::copy_n(d_h + r * Panel::kColumns, Panel::kBlock,
-                          part.whole->d_h + r * width + panel * Panel::kBlock);
+              std::copy_n(d_h + r * Panel::kColumns, Panel::kBlock, part.whole->d_h + r * width + units.begin);
             }
-          }
+          });
           for (int r = 0; r < count; ++r) update_row(s, b + r, part.whole->d_h + r * width, *part.whole);
         });
       } else {
-        for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
+        for_each_panel<Panel>(part.units, [&](Units units) {
           for_tiles([&](int64_t b, int count, bool following) {
             alignas(64) Tile d_h;
-            if (!kResetsBefore<Cell>) prefetch_rows(panel, s, b, count);
-            hidden_gradient(panel, b, count, following, d_h);
+            if (!kResetsBefore<Cell>) prefetch_rows(units, s, b, count);
+            hidden_gradient(units, b, count, following, d_h);
             for (int r = 0; r < count; ++r) {
               if constexpr (kResetsBefore<Cell>) {
-                reset_gate(panel, s, b + r, d_h + r * Panel::kColumns);
+                reset_gate(units, s, b + r, d_h + r * Panel::kColumns);
               } else {
-                update(panel, s, b + r, d_h + r * Panel::kColumns, nullptr);
+                update(units, s, b + r, d_h + r * Panel::kColumns, nullptr);
               }
             }
           });
-        }
+        });
       }
       if (!barrier(p_.steps.T - s, part)) return;
       if (!p_.need_states) continue;
       // Rows that start here: their way through W_hh ends in h0.
-      const int64_t h0_panel_end = p_.w_hr ? Panel::panels(p_.P) : part.panel_end;
-      for (int64_t panel = part.panel_begin; panel < h0_panel_end; ++panel) {
+      for_each_panel<Panel>({part.units.begin, p_.w_hr ? p_.P : part.units.end}, [&](Units units) {
         for_each_tile(started, end, kRows, [&](int64_t b, int count) {
           alignas(64) Tile d_h;
-          hh_.times(panel, p_.d_h_gates, first_row + b, count, d_h);
+          hh_.times(units, p_.d_h_gates, first_row + b, count, d_h);
           for (int r = 0; r < count; ++r) {
             T* d_h0 = p_.d_h0 + p_.steps.state(b + r) * p_.P;
-            const int64_t j0 = panel * Panel::kBlock;
-            for_each_vector<T>(j0, j0 + Panel::kBlock, p_.P, [&](int64_t j, auto lanes) {
-              store(d_h0 + j, through_step(s, b + r, j, d_h + r * Panel::kColumns - j0, lanes), lanes);
+            for_each_vector<T>(units.begin, units.end, p_.P, [&](int64_t j, auto lanes) {
+              store(d_h0 + j, through_step(s, b + r, j, d_h + r * Panel::kColumns - units.begin, lanes), lanes);
             });
           }
         });
-      }
+      });
     }
   }
 
   // What update() reads and writes for the rows [b, b + count), which lies in memory since the forward pass.
-  void prefetch_rows(int64_t panel, int64_t s, int64_t b, int count) const {
-    const int64_t j = panel * Panel::kBlock, width = std::min<int64_t>(Panel::kBlock, p_.H - j);
+  void prefetch_rows(Units units, int64_t s, int64_t b, int count) const {
+    const int64_t j = units.begin, width = units.end - j;
     for (int r = 0; r < count; ++r) {
       const int64_t row = p_.steps.row_begin[p_.steps.time(s)] + b + r;
       for (int k = 0; k < Cell::kSaved; ++k) {
@@ -214,12 +214,12 @@ class Backward {
   }
 
   // d_h of the positions [b, b + count) at step s: of the output, and of the following step or of h_n.
-  void output_gradient(int64_t panel, int64_t s, int64_t b, int count, bool following, T* d_h) const {
-    if (following) hh_.times(panel, p_.d_h_gates, p_.steps.row(s + 1, b), count, d_h);
+  void output_gradient(Units units, int64_t s, int64_t b, int count, bool following, T* d_h) const {
+    if (following) hh_.times(units, p_.d_h_gates, p_.steps.row(s + 1, b), count, d_h);
     for (int r = 0; r < count; ++r) {
-      const int64_t j0 = panel * Panel::kBlock, state = p_.steps.state(b + r), place = p_.steps.place(s, b + r);
-      T* product = d_h + r * Panel::kColumns - j0;
-      for_each_vector<T>(j0, j0 + Panel::kBlock, p_.P, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+      const int64_t state = p_.steps.state(b + r), place = p_.steps.place(s, b + r);
+      T* product = d_h + r * Panel::kColumns - units.begin;
+      for_each_vector<T>(units.begin, units.end, p_.P, [&](int64_t j, auto lanes) FASTRNN_INLINE {
         V sum = following ? through_step(s + 1, b + r, j, product, lanes) : load(p_.d_h0 + state * p_.P + j, lanes);
         if (p_.d_output) sum += load(p_.d_output + place * p_.P + j, lanes);
         store(product + j, sum);
@@ -228,23 +228,23 @@ class Backward {
   }
 
   // With a projection: d_projected = d_h of the projected state. Nothing is carried beside W_hh.
-  void project(int64_t panel, int64_t s, int64_t row_begin, int64_t going_on, int64_t row_end) const {
+  void project(Units units, int64_t s, int64_t row_begin, int64_t going_on, int64_t row_end) const {
     const int64_t first_row = p_.steps.row_begin[p_.steps.time(s)];
-    const int64_t j0 = panel * Panel::kBlock;
-    const int64_t width = std::min<int64_t>(Panel::kBlock, p_.P - j0);
     const auto tiles = [&](int64_t begin, int64_t end, bool following) {
       for_each_tile(begin, end, kRows, [&](int64_t b, int count) {
         alignas(64) Tile d_h;
-        output_gradient(panel, s, b, count, following, d_h);
+        output_gradient(units, s, b, count, following, d_h);
         for (int r = 0; r < count; ++r) {
           if constexpr (kResetsBefore<Cell>) {
-            finish(panel, s, b + r, d_h + r * Panel::kColumns);
+            finish(units, s, b + r, d_h + r * Panel::kColumns);
             continue;
           }
-          for_each_vector<T>(j0, j0 + Panel::kBlock, p_.P, [&](int64_t j, auto lanes) {
-            store(p_.d_projected + (first_row + b + r) * p_.P + j, load(d_h + r * Panel::kColumns + j - j0), lanes);
+          for_each_vector<T>(units.begin, units.end, p_.P, [&](int64_t j, auto lanes) {
+            store(p_.d_projected + (first_row + b + r) * p_.P + j, load(d_h + r * Panel::kColumns + j - units.begin),
+                  lanes);
           });
-          std::fill_n(p_.d_h0 + p_.steps.state(b + r) * p_.P + j0, width, T(0));
+          T* const carried = p_.d_h0 + p_.steps.state(b + r) * p_.P;
+          std::fill(carried + units.begin, carried + units.end, T(0));
         }
       });
     };
@@ -253,15 +253,15 @@ class Backward {
   }
 
   // Of a cell that resets before: the gradients of n and z from that of h, and what is carried beside the products.
-  void finish(int64_t panel, int64_t s, int64_t b, const T* d_h) const {
-    const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), j0 = panel * Panel::kBlock;
+  void finish(Units units, int64_t s, int64_t b, const T* d_h) const {
+    const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b);
     const S* const h_prev = h_before(s, b);
-    for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+    for_each_vector<T>(units.begin, units.end, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kSaved> saved;
       for (int k = 0; k < Cell::kSaved; ++k) {
         saved[k] = load(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, lanes);
       }
-      V d_next = load(d_h + j - j0), d_prev, d_gates_z, d_gates_n, kept{};
+      V d_next = load(d_h + j - units.begin), d_prev, d_gates_z, d_gates_n, kept{};
       if (p_.controls.zone[0]) {
         const V share = zone_share(p_.controls, 0, place * p_.H + j, lanes);
         kept = share * d_next;
@@ -278,15 +278,15 @@ class Backward {
   }
 
   // The gradient of r, from that of r h.
-  void reset_gate(int64_t panel, int64_t s, int64_t b, const T* d_m) const {
-    const int64_t row = p_.steps.row(s, b), state = p_.steps.state(b), j0 = panel * Panel::kBlock;
+  void reset_gate(Units units, int64_t s, int64_t b, const T* d_m) const {
+    const int64_t row = p_.steps.row(s, b), state = p_.steps.state(b);
     const S* const h_prev = h_before(s, b);
-    for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+    for_each_vector<T>(units.begin, units.end, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kSaved> saved;
       saved[0] = load(p_.saved_gates + row * Cell::kSaved * p_.H + j, lanes);
       V mask = broadcast<V>(1);
       if (p_.controls.h_mask) mask = load(p_.controls.h_mask + state * p_.H + j, lanes);
-      const Values<V, 1> prev = {h_prev ? load(h_prev + j, lanes) * mask : V{}}, d_next = {load(d_m + j - j0)};
+      const Values<V, 1> prev = {h_prev ? load(h_prev + j, lanes) * mask : V{}}, d_next = {load(d_m + j - units.begin)};
       Values<V, 1> d_prev;
       V d_gates_r;
       Cell::backward(saved, prev, d_next, d_prev, d_gates_r);
@@ -301,15 +301,14 @@ class Backward {
     return fastrnn::h_before(p_.steps, p_.controls.reset, p_.h0, p_.output, p_.P, s, b);
   }
 
-  // The cell, for one position and the units of one panel. whole: of a cell that normalises.
-  void update(int64_t panel, int64_t s, int64_t b, const T* d_h, const WholeRow* whole) const {
+  // The cell, for some units of one position. whole: of a cell that normalises.
+  void update(Units units, int64_t s, int64_t b, const T* d_h, const WholeRow* whole) const {
     const Controls<S>& controls = p_.controls;
     const int64_t row = p_.steps.row(s, b), place = p_.steps.place(s, b), state = p_.steps.state(b);
     const bool reset = controls.reset && controls.reset[place];
     const S* const h_prev = h_before(s, b);
     const auto c_before = states_before(s, b);  // no structured binding: lambdas capture none before C++20
-    const int64_t j0 = panel * Panel::kBlock;
-    for_each_vector<T>(j0, j0 + Panel::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+    for_each_vector<T>(units.begin, units.end, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Plain::kSaved> saved;
       for (int k = 0; k < Plain::kSaved; ++k) {
         saved[k] = load(p_.saved_gates + (row * Cell::kSaved + k) * p_.H + j, lanes);
@@ -319,7 +318,7 @@ class Backward {
       Values<V, Cell::kStates> prev, next, d_next, d_prev;
       prev[0] = p_.w_hr || reset ? V{} : load(h_prev + j, lanes);
       next[0] = p_.w_hr ? V{} : load(p_.output + place * p_.P + j, lanes);
-      d_next[0] = load(d_h + j - j0);
+      d_next[0] = load(d_h + j - units.begin);
       for (int k = 1; k < Cell::kStates; ++k) {
         prev[k] = reset ? V{} : load(c_before.first + (k - 1) * c_before.second + j, lanes);
         next[k] = load(p_.saved_c + ((k - 1) * p_.N + row) * p_.H + j, lanes);
@@ -362,7 +361,7 @@ class Backward {
     return {p_.saved_c + p_.steps.row(s - 1, b) * p_.H, p_.N * p_.H};
   }
 
-  // Of a cell that normalises: a position's whole step. d_h [panels*kBlock] is used up.
+  // Of a cell that normalises: a position's whole step. d_h [width] is used up.
   void update_row(int64_t s, int64_t b, T* d_h, const WholeRow& whole) const {
     const int64_t H = p_.H, row = p_.steps.row(s, b);
     const int64_t gates = Cell::kGates * H;
@@ -386,7 +385,7 @@ class Backward {
       normalise_backward(c, gain_c, whole.d_c, H, d_gain_c, d_gain_c + H,
                          [&](int64_t j, V d_c, auto) FASTRNN_INLINE { store(whole.d_c + j, d_c); });
     }
-    for (int64_t panel = 0; panel < panels_; ++panel) update(panel, s, b, d_h + panel * Panel::kBlock, &whole);
+    update({0, H}, s, b, d_h, &whole);
     const S* products = p_.saved_gates + (row * Cell::kSaved + Plain::kSaved) * H;
     const T *gain = p_.w_cell, *d = whole.d_gates;
     T* d_gain = whole.d_w;
@@ -416,16 +415,14 @@ class Backward {
     return c;
   }
 
-  // to [B, width] = from, or zero: the part's rows, and the columns of its panels.
-  void set_columns(T* to, const T* from, int64_t width, const Part& part, int64_t panel_end) const {
-    const int64_t j0 = std::min(width, part.panel_begin * Panel::kBlock);
-    const int64_t j1 = std::min(width, panel_end * Panel::kBlock);
+  // to [B, width] = from, or zero: the part's rows, and the columns from its first unit on up to `end`.
+  void set_columns(T* to, const T* from, int64_t width, const Part& part, int64_t end) const {
     for (int64_t b = part.row_begin; b < part.row_end; ++b) {
-      const int64_t first = p_.steps.state(b) * width;
+      const int64_t row = p_.steps.state(b) * width, first = row + part.units.begin, last = row + end;
       if (from) {
-        std::copy(from + first + j0, from + first + j1, to + first + j0);
+        std::copy(from + first, from + last, to + first);
       } else {
-        std::fill(to + first + j0, to + first + j1, T(0));
+        std::fill(to + first, to + last, T(0));
       }
     }
   }
@@ -433,7 +430,6 @@ class Backward {
   const SequenceBackward<S>& p_;
   const ThreadPool& pool_;
   const CpuPlan plan_;
-  const int64_t panels_;
   Columns<S> hh_;               // [G*H, P]
   Columns<S> hr_;               // [P, H]
   std::vector<WholeRow> rows_;  // one for each thread

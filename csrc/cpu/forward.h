@@ -58,16 +58,17 @@ class Forward {
     if (plan_.split == Split::units) {
       Team::Range mine = p_.steps.T > 1 ? team_.join({begin, end}) : Team::Range{begin, end};
       if (mine.begin == mine.end) return;
-      const auto panels_of = [&](Team::Range shares) {
-        return Panels{panels_ * shares.begin / plan_.threads, panels_ * shares.end / plan_.threads};
+      const auto units_of = [&](Team::Range shares) {
+        const auto unit_of = [&](int64_t share) { return unit_share(p_.H, kWidth<T>, share, plan_.threads); };
+        return Units{unit_of(shares.begin), unit_of(shares.end)};
       };
-      run_lane(lanes_[0], mine.begin, panels_of(mine), [&](int64_t step, Panels& panels) {
+      run_lane(lanes_[0], mine.begin, units_of(mine), [&](int64_t step, Units& units) {
         mine = team_.barrier(mine, step);
-        panels = panels_of(mine);
+        units = units_of(mine);
         return mine.begin < mine.end;
       });
     } else {
-      for (int64_t i = begin; i < end; ++i) run_lane(lanes_[i], 0, {0, panels_}, [](int64_t, Panels&) { return true; });
+      for (int64_t i = begin; i < end; ++i) run_lane(lanes_[i], 0, {0, p_.H}, [](int64_t, Units&) { return true; });
     }
   }
 
@@ -123,24 +124,17 @@ class Forward {
     }
   };
 
-  struct Panels {
-    int64_t begin, end;
-  };
-  std::pair<int64_t, int64_t> units_of(Panels panels) const {
-    return {std::min(p_.H, panels.begin * Gates::kBlock), std::min(p_.H, panels.end * Gates::kBlock)};
-  }
-
-  // The part of a lane that one thread does. barrier(step, panels) returns whether it goes on, and gives the panels.
+  // The part of a lane that one thread does. barrier(step, units) returns whether it goes on, and gives the units.
   template <typename Barrier>
-  void run_lane(const Lane& lane, int64_t thread, Panels panels, const Barrier& barrier) const {
+  void run_lane(const Lane& lane, int64_t thread, Units units, const Barrier& barrier) const {
     for (int k = 0; k < Cell::kStates - 1; ++k) {
       for (int64_t b = lane.begin; b < lane.end; ++b) {
         const int64_t row = k * p_.B + p_.steps.state(b);
-        copy_columns(p_.c0 + row * p_.H, p_.c_n + row * p_.H, units_of(panels));
+        copy_columns(p_.c0 + row * p_.H, p_.c_n + row * p_.H, units);
       }
     }
 
-    if (packs_own_panels_ && !hh_shares_place_) w_.hh.pack(panels.begin, panels.end, panels.begin);
+    if (packs_own_panels_ && !hh_shares_place_) w_.hh.pack(units, panel_of(units));
     const typename Lane::Own& own = lane.own[thread];
     int64_t done = 0;  // rows of the lane before this step
     Chunk chunk{};
@@ -154,37 +148,37 @@ class Forward {
           }
         }
         // A panel is used while it is hot from packing.
-        for (int64_t panel = panels.begin; p_.w_ih && panel < panels.end; ++panel) {
-          const int64_t place = ih_shares_place_ ? thread : panel;
-          if (packs_own_panels_ && s == 0) w_.ih.pack(panel, panel + 1, place);
-          input_gates(panel, place, chunk);
-        }
+        for_each_panel<Gates>(p_.w_ih ? units : Units{}, [&](Units in_panel) {
+          const int64_t place = ih_shares_place_ ? thread : panel_of(in_panel);
+          if (packs_own_panels_ && s == 0) w_.ih.pack(in_panel, place);
+          input_gates(in_panel, place, chunk);
+        });
       }
       const int64_t count = lane.count(p_.steps, s), in_chunk = lane.input.data() + done - chunk.input;
       StepRow* const rows = own.rows.get();
       for (int64_t i = 0; i < count; ++i) rows[i] = step_row(s, lane.begin + i, in_chunk + i, own.wide_h.get(), i);
       const LaneStep at{s, chunk, rows, count};
-      for (int64_t i = 0; i < panels.end - panels.begin; ++i) {
-        // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
-        const int64_t panel = s % 2 == 0 ? panels.begin + i : panels.end - 1 - i,
-                      place = hh_shares_place_ ? thread : panel;
-        if (hh_shares_place_) w_.hh.pack(panel, panel + 1, place);
-        step(at, panel, place);
-      }
+      // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
+      const auto step_in_panel = [&](Units in_panel) {
+        const int64_t place = hh_shares_place_ ? thread : panel_of(in_panel);
+        if (hh_shares_place_) w_.hh.pack(in_panel, place);
+        step(at, in_panel, place);
+      };
+      for_each_panel<Gates>(units, step_in_panel, s % 2 == 0);
       if constexpr (kNormalises<Cell>) {
         for (int64_t i = 0; i < count; ++i) finish_row(s, rows[i]);
       }
       if (p_.w_hr) project(at);
       done += count;
-      if (s + 1 < p_.steps.T && !barrier(s + 1, panels)) return;
+      if (s + 1 < p_.steps.T && !barrier(s + 1, units)) return;
     }
-    copy_h_n(lane, p_.w_hr ? std::pair<int64_t, int64_t>(0, p_.P) : units_of(panels));
+    copy_h_n(lane, p_.w_hr ? Units{0, p_.P} : units);
   }
 
   const S* input_row(int64_t s, int64_t b) const { return p_.input + p_.input_rows.offset(p_.steps, s, b); }
 
   // Position b ends with the last step that it has a part in; one without a step keeps h0.
-  void copy_h_n(const Lane& lane, std::pair<int64_t, int64_t> units) const {
+  void copy_h_n(const Lane& lane, Units units) const {
     for (int64_t b = lane.begin; b < lane.end; ++b) {
       const int64_t state = p_.steps.state(b);
       copy_columns(p_.h0 + state * p_.P, p_.h_n + state * p_.P, units);
@@ -198,8 +192,8 @@ class Forward {
   }
 
   template <typename U>
-  static void copy_columns(const U* from, U* to, std::pair<int64_t, int64_t> columns) {
-    std::copy(from + columns.first, from + columns.second, to + columns.first);
+  static void copy_columns(const U* from, U* to, Units columns) {
+    std::copy(from + columns.begin, from + columns.end, to + columns.begin);
   }
 
   // What the product reads at the first step of each position; the rows of later steps follow from the step before.
@@ -229,7 +223,7 @@ class Forward {
       w_.hh.make_room(hh_shares_place_ ? plan_.threads : panels_);
       if (p_.w_hr) {
         w_.hr.make_room(Projection::panels(p_.P));
-        w_.hr.pack(0, Projection::panels(p_.P), 0);
+        w_.hr.pack({0, p_.P}, 0);
       }
     }
     if (p_.w_ih && plan_.pack_input) {
@@ -238,8 +232,9 @@ class Forward {
     }
     if (packs_own_panels_) return;
     in_parallel(pool_, panels_, [&](int64_t begin, int64_t end) {
-      w_.hh.pack(begin, end, begin);
-      w_.ih.pack(begin, end, begin);
+      const Units units{begin * Gates::kBlock, std::min(p_.H, end * Gates::kBlock)};
+      w_.hh.pack(units, begin);
+      w_.ih.pack(units, begin);
     });
   }
 
@@ -259,13 +254,18 @@ class Forward {
     }
   }
 
+  static int64_t panel_of(Units units) { return units.begin / Gates::kBlock; }  // the first
+  // Where the input gates of a row of the chunk begin, from the first of these units on.
+  static T* x_gates(const Chunk& chunk, Units units, int64_t row) {
+    return chunk.x_gates + (panel_of(units) * chunk.rows + row) * Gates::kColumns + units.begin % Gates::kBlock;
+  }
+
   // place: where the panel of W_ih lies if it is packed.
-  void input_gates(int64_t panel, int64_t place, const Chunk& chunk) const {
-    T* out = chunk.x_gates + panel * chunk.rows * Gates::kColumns;
+  void input_gates(Units units, int64_t place, const Chunk& chunk) const {
     for_each_tile(0, chunk.rows, kTileRows<Gates::kVectors>, [&](int64_t first, int count) {
       const R* rows[kMostRows] = {};
       for (int r = 0; r < count; ++r) rows[r] = operand(chunk.input[first + r], chunk.wide_input, first + r, p_.I);
-      w_.ih.times(panel, place, count, rows, out + first * Gates::kColumns);
+      w_.ih.times(units, place, count, rows, x_gates(chunk, units, first));
     });
   }
 
@@ -299,37 +299,37 @@ class Forward {
   };
 
   // place: where the panel of W_hh lies if it is packed.
-  void step(const LaneStep& at, int64_t panel, int64_t place) const {
+  void step(const LaneStep& at, Units units, int64_t place) const {
     const Chunk& chunk = at.chunk;
     constexpr int kRows = kTileRows<Gates::kVectors>;
     for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
       alignas(64) T h_gates[kRows * Gates::kColumns];
       const R* operands[kMostRows] = {};
       for (int r = 0; r < count; ++r) operands[r] = at.rows[first + r].operand;
-      w_.hh.times(panel, place, count, operands, h_gates);
+      w_.hh.times(units, place, count, operands, h_gates);
       for (int r = 0; r < count; ++r) {
         const StepRow& row = at.rows[first + r];
         T* h_gates_row = h_gates + r * Gates::kColumns;
         const auto take = [&](const auto* x_gates, int64_t x_stride) {
           if constexpr (kNormalises<Cell>) {
-            keep_products(panel, row.b, x_gates, x_stride, h_gates_row);
+            keep_products(units, row.b, x_gates, x_stride, h_gates_row);
           } else {
-            update(panel, at.s, row, x_gates, x_stride, h_gates_row, Gates::kBlock);
+            update(units, at.s, row, x_gates, x_stride, h_gates_row, Gates::kBlock);
           }
         };
         if (p_.w_ih) {
-          take(chunk.x_gates + (panel * chunk.rows + row.in_chunk) * Gates::kColumns, Gates::kBlock);
+          take(x_gates(chunk, units, row.in_chunk), Gates::kBlock);
         } else {
-          take(chunk.input[row.in_chunk] + panel * Gates::kBlock, p_.H);
+          take(chunk.input[row.in_chunk] + units.begin, p_.H);
         }
       }
     });
   }
 
-  // The cell, for one position and the units of one panel. The strides lie between gates. Where the cell normalises c,
+  // The cell, for some units of one position. The strides lie between gates. Where the cell normalises c,
   // what it made takes the places of its first two gates, for output_row.
   template <typename X>
-  void update(int64_t panel, int64_t s, const StepRow& at, const X* x_gates, int64_t x_stride, T* h_gates,
+  void update(Units units, int64_t s, const StepRow& at, const X* x_gates, int64_t x_stride, T* h_gates,
               int64_t h_stride) const {
     const S* h_prev;  // as the product reads it, where a cell resets before
     if constexpr (kResetsBefore<Cell>) {
@@ -337,8 +337,8 @@ class Forward {
     } else {
       h_prev = at.h;
     }
-    const int64_t j0 = panel * Gates::kBlock;
-    for_each_vector<T>(j0, j0 + Gates::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+    const int64_t j0 = units.begin;
+    for_each_vector<T>(j0, units.end, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       Values<V, Cell::kGates> gx, gh;
       for (int g = 0; g < Cell::kGates; ++g) {
         gx[g] = load(x_gates + g * x_stride + j - j0, lanes);
@@ -394,12 +394,12 @@ class Forward {
     if (p_.h_in && at.b < p_.steps.count(s + 1)) store_h_in(s + 1, at.b, j, h, lanes);
   }
 
-  // Of a cell that normalises: position b's products of a panel.
+  // Of a cell that normalises: position b's products of a panel, which split by rows only.
   template <typename X>
-  void keep_products(int64_t panel, int64_t b, const X* x_gates, int64_t x_stride, const T* h_gates) const {
-    const int64_t j0 = panel * Gates::kBlock;
+  void keep_products(Units units, int64_t b, const X* x_gates, int64_t x_stride, const T* h_gates) const {
+    const int64_t j0 = units.begin;
     T* const of_x = products_.get() + b * 2 * Cell::kGates * p_.H;
-    for_each_vector<T>(j0, j0 + Gates::kBlock, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+    for_each_vector<T>(j0, units.end, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
       for (int g = 0; g < Cell::kGates; ++g) {
         store(of_x + g * p_.H + j, load(x_gates + g * x_stride + j - j0, lanes), lanes);
         store(of_x + (Cell::kGates + g) * p_.H + j, load(h_gates + g * Gates::kBlock + j - j0), lanes);
@@ -426,10 +426,7 @@ class Forward {
       }
       gain += all;
     }
-    for (int64_t panel = 0; panel < panels_; ++panel) {
-      const int64_t j0 = panel * Gates::kBlock;
-      update(panel, s, at, x_gates + j0, H, h_gates + j0, H);
-    }
+    update({0, H}, s, at, x_gates, H, h_gates, H);
     if constexpr (kNormalisesC<Cell>) {
       const T *o = h_gates, *c = o + H, *gain_c = gain;
       normalise(c, gain_c, gain_c + H, H, [&](int64_t j, V y, auto lanes) FASTRNN_INLINE {
@@ -441,25 +438,24 @@ class Forward {
 
   void project(const LaneStep& at) const {
     constexpr int kRows = kTileRows<Projection::kVectors>;
-    for (int64_t panel = 0; panel < Projection::panels(p_.P); ++panel) {
-      const int64_t j0 = panel * Projection::kBlock;
+    for_each_panel<Projection>({0, p_.P}, [&](Units units) {
       for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
         const R* rows[kMostRows] = {};
         for (int r = 0; r < count; ++r) rows[r] = m_.get() + at.rows[first + r].b * p_.H;
         alignas(64) T h[kRows * Projection::kColumns];
-        w_.hr.times(panel, panel, count, rows, h);
+        w_.hr.times(units, units.begin / Projection::kBlock, count, rows, h);
         for (int r = 0; r < count; ++r) {
           const StepRow& row = at.rows[first + r];
           const bool goes_on = row.b < p_.steps.count(at.s + 1);
-          for_each_vector<T>(j0, j0 + Projection::kBlock, p_.P, [&](int64_t j, auto lanes) {
-            V h_next = load(h + r * Projection::kColumns + j - j0);
+          for_each_vector<T>(units.begin, units.end, p_.P, [&](int64_t j, auto lanes) {
+            V h_next = load(h + r * Projection::kColumns + j - units.begin);
             if constexpr (kResetsBefore<Cell>) h_next = finish(at, row, j, h_next, lanes);
             store(p_.output + row.place * p_.P + j, h_next, lanes);
             if (p_.h_in && goes_on) store_h_in(at.s + 1, row.b, j, h_next, lanes);
           });
         }
       });
-    }
+    });
   }
 
   // Of a cell that resets before: h after the step, from the second product.

@@ -29,6 +29,21 @@ struct PanelShape {
   static int64_t panels(int64_t units) { return (units + kBlock - 1) / kBlock; }
 };
 
+// Neighbouring units, from the first one of a vector on.
+struct Units {
+  int64_t begin, end;
+};
+// Calls f(units) for the part of each panel that `some` units have in it.
+template <typename Shape, typename F>
+FASTRNN_HD void for_each_panel(Units some, F f, bool ascending = true) {
+  constexpr int64_t kBlock = Shape::kBlock;
+  const int64_t first = some.begin / kBlock, end = some.begin < some.end ? (some.end + kBlock - 1) / kBlock : first;
+  for (int64_t i = 0; i < end - first; ++i) {
+    const int64_t panel = ascending ? first + i : end - 1 - i;
+    f(Units{std::max(some.begin, panel * kBlock), std::min(some.end, (panel + 1) * kBlock)});
+  }
+}
+
 // Transposes a square of vectors: swaps the two off-diagonal quarters of ever smaller squares along the diagonal.
 template <typename T, int kHalf, bool kUpper, size_t... lane>
 FASTRNN_HD Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
@@ -55,21 +70,21 @@ constexpr int64_t words_of(int64_t K) {
   return (K + kDepth - 1) / kDepth;
 }
 
-// Packs the panels [begin, end) of w [G*units, K], so that a product reads them front to back:
-// [panel - begin][K / kDepth][G][kBlock] words, with zeros past the last unit of a vector and past K.
+// Packs the panels of w [G*units, K] that have a part of `some` units, that part of them, so that a product reads them
+// front to back: [panels][K / kDepth][G][kBlock] words, with zeros past the last unit of a vector and past K.
 template <typename S, int kGates>
-void pack_gates(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end, WordOf<S>* packed) {
+void pack_gates(const S* w, int64_t units, int64_t K, Units some, WordOf<S>* packed) {
   using M = Multiply<S>;
   using Word = typename M::Word;
   using Shape = PanelShape<Word, kGates>;
   constexpr int kW = kWidth<Word>, kDepth = M::kDepth;
   const int64_t words = words_of<S>(K);
-  for (int64_t panel = begin; panel < end; ++panel) {
-    Word* to = packed + (panel - begin) * words * Shape::kColumns;
-    for (int64_t column = 0; column < Shape::kColumns; column += kW) {
-      const int64_t g = column / Shape::kBlock, unit = panel * Shape::kBlock + column % Shape::kBlock;
-      const int64_t here = std::min<int64_t>(kW, units - unit);
-      if (here <= 0) break;
+  for_each_panel<Shape>(some, [&](Units in_panel) {
+    Word* to = packed + (in_panel.begin / Shape::kBlock - some.begin / Shape::kBlock) * words * Shape::kColumns;
+    const int64_t vectors = (in_panel.end - in_panel.begin + kW - 1) / kW;
+    for (int64_t i = 0; i < kGates * vectors; ++i) {
+      const int64_t g = i / vectors, unit = in_panel.begin + i % vectors * kW;
+      const int64_t column = g * Shape::kBlock + unit % Shape::kBlock, here = std::min<int64_t>(kW, units - unit);
       const S* from = w + (g * units + unit) * K;
       // The rows of a gate lie together, those of the next gate far from them: they are asked for in time.
       const S* const next = g + 1 < kGates ? from + units * K : w + (unit + kW) * K;
@@ -91,7 +106,7 @@ void pack_gates(const S* w, int64_t units, int64_t K, int64_t begin, int64_t end
         }
       }
     }
-  }
+  });
 }
 
 // Packs one panel, for products with a matrix [K, ..] itself: `columns` columns of it from row(k) on, k in [0, K).
@@ -197,17 +212,17 @@ void product(int count, int64_t K, const R* const* rows, const Panel* panel, int
     product<R, kVectors, kUsed, kRows - 1>(count, K, rows, panel, stride, start, out);
   }
 }
-// With a packed panel of Shape, from whose first unit on there are `units`: vectors of a last panel that hold none of
-// them are left out.
-template <typename R, typename Shape, int kUsed = Shape::kVectors>
-void product_packed(int64_t units, int count, int64_t K, const R* const* rows, const WordOf<R>* panel,
-                    const Sum<R>* start, Sum<R>* out) {
+// With a panel of Shape, or its part from some unit on, from which on there are `units`: vectors of a panel of one gate
+// that hold none of them are left out.
+template <typename R, typename Shape, int kUsed = Shape::kVectors, typename Panel>
+void product_of_units(int64_t units, int count, int64_t K, const R* const* rows, const Panel* panel, int64_t stride,
+                      const Sum<R>* start, Sum<R>* out) {
   if constexpr (Shape::kGates == 1 && kUsed > 1) {
     if (units <= (kUsed - 1) * kWidth<Sum<R>>) {
-      return product_packed<R, Shape, kUsed - 1>(units, count, K, rows, panel, start, out);
+      return product_of_units<R, Shape, kUsed - 1>(units, count, K, rows, panel, stride, start, out);
     }
   }
-  product<R, Shape::kVectors, kUsed>(count, K, rows, panel, Shape::kColumns, start, out);
+  product<R, Shape::kVectors, kUsed>(count, K, rows, panel, stride, start, out);
 }
 
 // Lane i: the sum of the lanes of v[i]. v is used up.
@@ -339,17 +354,16 @@ FASTRNN_HD Vec<T> dots(int64_t K, const Operand<S>* x, const S* w, Lanes lanes) 
   }
 }
 
-// A product with panel `panel` of w [G*units, K] as it is, with its bias [G*units] or null: what product() gives for
-// the packed panel.
+// A product with `some` units of a panel of w [G*units, K] as it is, with its bias [G*units] or null: what product()
+// gives for the packed panel.
 template <typename S, int kGates>
 void product_unpacked(int count, int64_t K, const Operand<S>* const* rows, const S* w, const Sum<S>* bias,
-                      int64_t units, int64_t panel, Sum<S>* out) {
+                      int64_t units, Units some, Sum<S>* out) {
   using T = Sum<S>;
   using Shape = PanelShape<T, kGates>;
-  const int64_t first = panel * Shape::kBlock;
   for (int g = 0; g < kGates; ++g) {
-    for_each_vector<T>(first, first + Shape::kBlock, units, [&](int64_t unit, auto lanes) FASTRNN_INLINE {
-      const int64_t row = g * units + unit, column = g * Shape::kBlock + unit - first;
+    for_each_vector<T>(some.begin, some.end, units, [&](int64_t unit, auto lanes) FASTRNN_INLINE {
+      const int64_t row = g * units + unit, column = g * Shape::kBlock + unit - some.begin;
       const Vec<T> start = bias ? load(bias + row, lanes) : Vec<T>{};
       for (int r = 0; r < count; ++r) {
         store(out + r * Shape::kColumns + column, start + dots(K, rows[r], w + row * K, lanes));
@@ -381,16 +395,18 @@ class Columns {
     });
   }
 
-  // out [count, kBlock] = rows from first_row on of a matrix [.., K] * a panel.
-  void times(int64_t panel, const Operand<S>* from, int64_t first_row, int count, Sum<S>* out) const {
+  // out [count, kBlock] = rows from first_row on of a matrix [.., K] * the columns of these units.
+  void times(Units units, const Operand<S>* from, int64_t first_row, int count, Sum<S>* out) const {
     using R = Operand<S>;
     const R* rows[kMaxTileRows];
     for (int r = 0; r < count; ++r) rows[r] = from + (first_row + r) * K_;
+    const int64_t panel = units.begin / Panel::kBlock, width = units.end - units.begin;
     if (panel >= first_packed_) {
       const WordOf<S>* packed = packed_.get() + (panel - first_packed_) * words_of<S>(K_) * Panel::kColumns;
-      product_packed<R, Panel>(columns_ - panel * Panel::kBlock, count, K_, rows, packed, nullptr, out);
+      product_of_units<R, Panel>(width, count, K_, rows, packed + units.begin % Panel::kBlock, Panel::kColumns, nullptr,
+                                 out);
     } else if constexpr (Multiply<S>::kDepth == 1) {
-      product<R, Panel::kVectors>(count, K_, rows, w_ + panel * Panel::kBlock, columns_, nullptr, out);
+      product_of_units<R, Panel>(width, count, K_, rows, w_ + units.begin, columns_, nullptr, out);
     }
   }
 

@@ -26,22 +26,23 @@ class Weight {
     packed_ = room_.get();
     pack_bias();
   }
-  // Packs the panels [begin, end), the first of them at `place`, where there is room.
-  void pack(int64_t begin, int64_t end, int64_t place) const {
-    if (room_.get()) pack_gates<S, kGates>(w_, units_, K_, begin, end, room_.get() + place * panel_words());
+  // Packs the panels of these units, the first of them at `place`, where there is room.
+  void pack(Units units, int64_t place) const {
+    if (room_.get()) pack_gates<S, kGates>(w_, units_, K_, units, room_.get() + place * panel_words());
   }
   void pack_to(Word* packed) const {
-    if (w_) pack_gates<S, kGates>(w_, units_, K_, 0, panels(), packed);
+    if (w_) pack_gates<S, kGates>(w_, units_, K_, {0, units_}, packed);
   }
 
-  // out [count, G*kBlock] = bias + rows * a panel, which lies at `place` if it is packed.
-  void times(int64_t panel, int64_t place, int count, const Operand<S>* const* rows, Sum<S>* out) const {
+  // out [count, G*kBlock] = bias + rows * some units of a panel, which lies at `place` if it is packed.
+  void times(Units units, int64_t place, int count, const Operand<S>* const* rows, Sum<S>* out) const {
     if (packed_) {
-      const Sum<S>* bias = packed_bias_.get() ? packed_bias_.get() + panel * Shape::kColumns : nullptr;
-      product_packed<Operand<S>, Shape>(units_ - panel * Shape::kBlock, count, K_, rows,
-                                        packed_ + place * panel_words(), bias, out);
+      const int64_t panel = units.begin / Shape::kBlock, column = units.begin % Shape::kBlock;
+      const Sum<S>* bias = packed_bias_.get() ? packed_bias_.get() + panel * Shape::kColumns + column : nullptr;
+      product_of_units<Operand<S>, Shape>(units.end - units.begin, count, K_, rows,
+                                          packed_ + place * panel_words() + column, Shape::kColumns, bias, out);
     } else {
-      product_unpacked<S, kGates>(count, K_, rows, w_, bias_, units_, panel, out);
+      product_unpacked<S, kGates>(count, K_, rows, w_, bias_, units_, units, out);
     }
   }
 
@@ -51,7 +52,7 @@ class Weight {
   void pack_bias() {
     if (!bias_) return;
     packed_bias_ = Buffer<Sum<S>>(panels() * Shape::kColumns);
-    pack_gates<Sum<S>, kGates>(bias_, units_, 1, 0, panels(), packed_bias_.get());
+    pack_gates<Sum<S>, kGates>(bias_, units_, 1, {0, units_}, packed_bias_.get());
   }
 
   const S* w_ = nullptr;
