@@ -42,16 +42,17 @@ class Backward {
   // The shares [begin, end) of the plan's threads.
   void run_shares(int64_t begin, int64_t end) {
     if (plan_.split == Split::units) {
-      Team::Range mine = team_.join({begin, end});
-      if (mine.begin == mine.end) return;
-      const auto part_of = [&](Team::Range shares) {
+      Team::Member member(team_, {begin, end});
+      member.join();
+      if (!member.goes_on()) return;
+      const auto my_part = [&] {
         const auto unit_of = [&](int64_t share) { return unit_share(p_.H, kWidth<T>, share, plan_.threads); };
-        return Part{0, p_.B, {unit_of(shares.begin), unit_of(shares.end)}};
+        return Part{0, p_.B, {unit_of(member.shares().begin), unit_of(member.shares().end)}};
       };
-      run_part(part_of(mine), [&](int64_t step, Part& part) {
-        mine = team_.barrier(mine, step);
-        part = part_of(mine);
-        return mine.begin < mine.end;
+      run_part(my_part(), [&](int64_t step, Part& part) {
+        member.barrier(step);
+        part = my_part();
+        return member.goes_on();
       });
     } else {
       for (int64_t i = begin; i < end; ++i) {

@@ -56,16 +56,17 @@ class Forward {
   // The shares [begin, end) of the plan's threads.
   void run_shares(int64_t begin, int64_t end) {
     if (plan_.split == Split::units) {
-      Team::Range mine = p_.steps.T > 1 ? team_.join({begin, end}) : Team::Range{begin, end};
-      if (mine.begin == mine.end) return;
-      const auto units_of = [&](Team::Range shares) {
+      Team::Member member(team_, {begin, end});
+      if (p_.steps.T > 1) member.join();
+      if (!member.goes_on()) return;
+      const auto my_units = [&] {
         const auto unit_of = [&](int64_t share) { return unit_share(p_.H, kWidth<T>, share, plan_.threads); };
-        return Units{unit_of(shares.begin), unit_of(shares.end)};
+        return Units{unit_of(member.shares().begin), unit_of(member.shares().end)};
       };
-      run_lane(lanes_[0], mine.begin, units_of(mine), [&](int64_t step, Units& units) {
-        mine = team_.barrier(mine, step);
-        units = units_of(mine);
-        return mine.begin < mine.end;
+      run_lane(lanes_[0], member.shares().begin, my_units(), [&](int64_t step, Units& units) {
+        member.barrier(step);
+        units = my_units();
+        return member.goes_on();
       });
     } else {
       for (int64_t i = begin; i < end; ++i) run_lane(lanes_[i], 0, {0, p_.H}, [](int64_t, Units&) { return true; });

@@ -91,51 +91,11 @@ inline std::vector<int64_t> split_rows(const Steps& steps, int64_t B, int64_t pa
 }
 
 // `shares` pieces of work, each done by the thread that was handed it. A thread may hold several shares (a framework
-// may run all of them in one thread), so it counts with the weight of its shares. On a busy machine a thread may lose
-// its core for a slice of time, at every step again: whoever has waited too often for others goes on without them.
+// may run all of them in one thread), so it counts with the weight of its shares. On a busy machine, or where there are
+// more threads than cores, threads may lose their core at every step again: whoever has waited too often for others
+// goes on without them.
 class Team {
- public:
-  // work: multiply-adds of a share between two barriers.
-  Team(int64_t shares, int64_t work) : shares_(shares), patience_(kSlice / 8 + Time(work / kLeastPerNanosecond)) {}
-
-  // The range of shares that a thread is to go on with: its own, all, or none.
-  struct Range {
-    int64_t begin, end;
-  };
-
-  // Waits until every share is in the hands of a running thread, or in those of one that goes on with all: the
-  // framework runs the shares one after another, or its threads are held up.
-  Range join(Range mine) {
-    if (gathered_.fetch_add(mine.end - mine.begin) + mine.end - mine.begin == shares_) {
-      int expected = kGathering;
-      state_.compare_exchange_strong(expected, kRunning);
-    }
-    for (Spin spin; state_.load(std::memory_order_acquire) == kGathering; spin.wait()) {
-      if (!spin.longer_than(kSlice)) continue;
-      int expected = kGathering;
-      if (state_.compare_exchange_strong(expected, kAlone)) return {0, shares_};
-    }
-    return state_.load(std::memory_order_acquire) == kRunning ? mine : Range{0, 0};
-  }
-
-  // The n-th call of a thread (n = 1, 2, ...) returns when every share has been through its n-th call.
-  Range barrier(Range mine, int64_t n) {
-    const int64_t weight = mine.end - mine.begin;
-    if (weight == shares_) return mine;
-    if (passed_.fetch_add(weight, std::memory_order_acq_rel) + weight == n * shares_) {
-      released_.store(2 * n + (successor_.load(std::memory_order_relaxed) != kNobody), std::memory_order_release);
-    }
-    Spin spin;
-    while (released_.load(std::memory_order_acquire) < 2 * n) spin.wait();
-    if (spin.longer_than(patience_) && long_waits_.fetch_add(1) + 2 >= shares_) {  // so many cost what going alone does
-      int64_t nobody = kNobody;
-      successor_.compare_exchange_strong(nobody, mine.begin);  // from the next barrier on
-    }
-    if (released_.load(std::memory_order_relaxed) == 2 * n) return mine;
-    return successor_.load(std::memory_order_relaxed) == mine.begin ? Range{0, shares_} : Range{0, 0};
-  }
-
- private:
+  using Clock = std::chrono::steady_clock;
   using Time = std::chrono::nanoseconds;
   static constexpr Time kSlice = std::chrono::milliseconds(2);  // of a core's time, on a busy machine
   static constexpr int64_t kLeastPerNanosecond = 5;             // multiply-adds, by far
@@ -144,23 +104,115 @@ class Team {
   class Spin {
    public:
     void wait() {
-      if (++spins_ < kSpins) {
+      if (!gave_away() && ++spins_ % kSpinsPerLook != 0) {
 #if defined(__x86_64__)
         _mm_pause();
 #endif
-      } else {
-        if (spins_ == kSpins) since_ = std::chrono::steady_clock::now();
-        std::this_thread::yield();
+        return;
       }
+      if (gave_away()) std::this_thread::yield();
+      const Clock::time_point now = Clock::now();
+      if (spins_ == kSpinsPerLook) since_ = now;
+      waited_ = now - since_;
     }
-    bool longer_than(Time time) const { return spins_ >= kSpins && std::chrono::steady_clock::now() - since_ > time; }
+    bool gave_away() const { return waited_ > kSpin; }
+    bool longer_than(Time time) const { return waited_ > time; }
 
    private:
-    static constexpr int kSpins = 4000;  // some 40 us
+    static constexpr Time kSpin = std::chrono::microseconds(40);
+    static constexpr int kSpinsPerLook = 32;  // at the clock: some 0.3 us and more
     int spins_ = 0;
-    std::chrono::steady_clock::time_point since_;
+    Clock::time_point since_;
+    Time waited_{};
   };
 
+ public:
+  struct Range {
+    int64_t begin, end;
+  };
+
+  // work: multiply-adds of a share between two barriers.
+  Team(int64_t shares, int64_t work) : shares_(shares), patience_(kSlice / 8 + Time(work / kLeastPerNanosecond)) {}
+
+  // A thread of the team.
+  class Member {
+   public:
+    Member(Team& team, Range shares) : team_(team), mine_(shares) {}
+
+    // What it is to go on with: the shares that it was handed, all, or none.
+    Range shares() const { return mine_; }
+    bool goes_on() const { return mine_.begin < mine_.end; }
+
+    // Waits until every share is in the hands of a running thread, or in those of one that goes on with all: the
+    // framework runs the shares one after another, or its threads are held up.
+    void join() {
+      const int64_t gathered = team_.gathered_.fetch_add(weight()) + weight();
+      if (gathered == team_.shares_) {
+        int expected = kGathering;
+        team_.state_.compare_exchange_strong(expected, kRunning);
+      }
+      for (Spin spin; team_.state_.load(std::memory_order_acquire) == kGathering; spin.wait()) {
+        if (!spin.longer_than(kSlice)) continue;
+        int expected = kGathering;
+        if (team_.state_.compare_exchange_strong(expected, kAlone)) {
+          mine_ = {0, team_.shares_};
+          return;
+        }
+      }
+      if (team_.state_.load(std::memory_order_acquire) != kRunning) mine_ = {0, 0};
+    }
+
+    // The n-th call (n = 1, 2, ...) returns when every share has been through its n-th call.
+    void barrier(int64_t n) {
+      if (weight() == team_.shares_) return;
+      if (watches_) least_work_ = std::min(least_work_, Clock::now() - left_);
+      if (team_.passed_.fetch_add(weight(), std::memory_order_acq_rel) + weight() == n * team_.shares_) {
+        const bool somebody = team_.successor_.load(std::memory_order_relaxed) != kNobody;
+        team_.released_.store(2 * n + somebody, std::memory_order_release);
+      }
+      Spin spin;
+      while (team_.released_.load(std::memory_order_acquire) < 2 * n) spin.wait();
+      if (watches_ || spin.gave_away()) watch(spin);
+      if (team_.released_.load(std::memory_order_relaxed) == 2 * n) return;
+      const bool me = team_.successor_.load(std::memory_order_relaxed) == mine_.begin;
+      mine_ = me ? Range{0, team_.shares_} : Range{0, 0};
+    }
+
+   private:
+    int64_t weight() const { return mine_.end - mine_.begin; }
+
+    // From a wait that was not short on, measures steps for a while.
+    void watch(const Spin& spin) {
+      const Clock::time_point now = Clock::now();
+      bool alone = spin.longer_than(team_.patience_) &&
+                   team_.long_waits_.fetch_add(1) + 2 >= team_.shares_;  // so many cost what going alone does
+      if (!watches_) {
+        watches_ = true;
+        since_ = now;
+        steps_ = waits_ = 0;
+        least_work_ = Time::max();
+      } else {
+        ++steps_;
+        waits_ += spin.gave_away();
+        alone |= waits_ >= kWaits && now - since_ > least_work_ * (steps_ * team_.shares_ / weight());
+        watches_ = steps_ < kWatched;
+      }
+      left_ = now;
+      if (!alone) return;
+      int64_t nobody = kNobody;
+      team_.successor_.compare_exchange_strong(nobody, mine_.begin);  // from the next barrier on
+    }
+
+    static constexpr int kWaits = 3, kWatched = 64;
+    Team& team_;
+    Range mine_;
+    bool watches_ = false;
+    int64_t steps_ = 0, waits_ = 0;   // since it watches: all, and those that it gave its core away in
+    Clock::time_point since_, left_;  // it watches; it left a barrier
+    Time least_work_ = Time::max();   // between two barriers
+  };
+
+ private:
   enum State { kGathering, kRunning, kAlone };
   static constexpr int64_t kNobody = -1;
   const int64_t shares_;
