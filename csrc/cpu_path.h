@@ -110,17 +110,15 @@ struct CpuPath {
     return d_input;
   }
 
-  static WeightAndBias input_weight_gradient(const Layer& l, const GateGradients& g, bool bias) {
-    return weight_gradient(l, g.d_x_gates, l.I, l.w_ih.has_value(), bias, [&](auto zero, auto& rows) {
+  // Of W_ih and of W_hh: together where the gradients of their gates are the same.
+  static std::array<WeightAndBias, 2> weight_gradients(const Layer& l, const GateGradients& g,
+                                                       const ForwardResult& saved, bool bias_ih, bool bias_hh) {
+    const auto list_x = [&](auto zero, auto& rows) {
       using T = decltype(zero);
       const T* const input = in<T>(l.input);
       const InputRows places = l.input_rows();
       for_each_row(l, [&](int64_t s, int64_t b) { rows.push_back(input + places.offset(l.steps, s, b)); });
-    });
-  }
-
-  static WeightAndBias recurrent_weight_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved,
-                                                 bool bias) {
+    };
     const ScalarType t = compute(l.storage);
     const Tensor output = dense(to_dtype(saved.output, t));
     const MaybeTensor h_in = saved.h_in ? MaybeTensor(dense(to_dtype(*saved.h_in, t))) : std::nullopt;
@@ -135,7 +133,10 @@ struct CpuPath {
         rows.push_back(h ? h : zero_row);
       });
     };
-    WeightAndBias d = weight_gradient(l, g.d_h_gates, l.P, true, bias, list_h);
+    const Wanted x{l.I, l.w_ih.has_value(), bias_ih, list_x};
+    const Wanted h{l.P, true, bias_hh, list_h};
+    if constexpr (!Cell<float>::kGateGradsDiffer) return gradients_of(l, g.d_x_gates, x, h);
+    std::array<WeightAndBias, 2> d{gradients_of(l, g.d_x_gates, x)[0], gradients_of(l, g.d_h_gates, h)[0]};
     if constexpr (kTwoProducts) {
       ForwardResult with_m;  // r h again, from the r that was saved
       with_m.saved_m = empty(output, {l.N, l.H}, t);
@@ -150,7 +151,7 @@ struct CpuPath {
           for (int64_t j = 0; j < l.H; ++j) m[j] = r[j] * h[n][j];
         }
       });
-      d.weight = cat_rows(*d.weight, projection_gradient(l, g, with_m));
+      d[1].weight = cat_rows(*d[1].weight, projection_gradient(l, g, with_m));
     }
     return d;
   }
@@ -171,7 +172,7 @@ struct CpuPath {
       const auto* const first = in<decltype(zero)>(m);
       for (int64_t n = 0; n < l.real_rows(); ++n) rows.push_back(first + n * l.H);
     };
-    return *weight_gradient(l, *g.d_projected, l.H, true, false, rows_of_m).weight;
+    return *gradients_of(l, *g.d_projected, Wanted{l.H, true, false, rows_of_m})[0].weight;
   }
 
  private:
@@ -427,23 +428,39 @@ struct CpuPath {
     }
   }
 
-  // list(zero, rows) appends the rows that the weight was multiplied with, in the order of what is packed.
+  // What is to be made of the gradients of gates. list(zero, rows) appends the rows [.., K] that the weight was
+  // multiplied with, in the order of what is packed.
   template <typename ListRows>
-  static WeightAndBias weight_gradient(const Layer& l, const Tensor& d_gates, int64_t K, bool weight, bool bias,
-                                       const ListRows& list) {
+  struct Wanted {
+    int64_t K;
+    bool weight, bias;
+    const ListRows& list;
+  };
+  template <typename ListRows>
+  Wanted(int64_t, bool, bool, const ListRows&) -> Wanted<ListRows>;
+
+  template <typename... ListRows>
+  static std::array<WeightAndBias, sizeof...(ListRows)> gradients_of(const Layer& l, const Tensor& d_gates,
+                                                                     const Wanted<ListRows>&... wanted) {
     const ScalarType t = compute(l.storage);
     const int64_t M = d_gates.size(1);
-    WeightAndBias d;
-    if (weight) d.weight = empty(d_gates, {M, K}, t);
-    if (bias) d.bias = empty(d_gates, {M}, t);
+    std::array<WeightAndBias, sizeof...(ListRows)> d;
     dispatch_storage(t, [&](auto zero) {
       using S = decltype(zero);
-      using R = typename TypesOf<S>::operand_t;
-      std::vector<const S*> rows;
-      rows.reserve(l.real_rows());
-      if (weight) list(zero, rows);
-      weight_gradient_cpu<S>({l.real_rows(), M, K, in<R>(d_gates), rows.data(), out<S>(d.weight), out<S>(d.bias)},
-                             torch_threads());
+      std::vector<const S*> rows[2];
+      typename WeightGradient<S>::Weight weights[2];
+      int i = 0;
+      const auto prepare = [&](const auto& of) {
+        if (of.weight) d[i].weight = empty(d_gates, {M, of.K}, t);
+        if (of.bias) d[i].bias = empty(d_gates, {M}, t);
+        rows[i].reserve(l.real_rows());
+        if (of.weight) of.list(zero, rows[i]);
+        weights[i] = {of.K, rows[i].data(), out<S>(d[i].weight), out<S>(d[i].bias)};
+        ++i;
+      };
+      (prepare(wanted), ...);
+      const auto* const gates = in<typename TypesOf<S>::operand_t>(d_gates);
+      weight_gradient_cpu<S>({l.real_rows(), M, gates, weights[0], weights[1]}, torch_threads());
     });
     return d;
   }

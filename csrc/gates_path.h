@@ -287,6 +287,11 @@ struct GatesPath {
     return l.w_ih ? mm(d_x_gates, *l.w_ih) : d_x_gates;
   }
 
+  // Of W_ih and of W_hh.
+  static std::array<WeightAndBias, 2> weight_gradients(const Layer& l, const GateGradients& g,
+                                                       const ForwardResult& saved, bool bias_ih, bool bias_hh) {
+    return {input_weight_gradient(l, g, bias_ih), recurrent_weight_gradient(l, g, saved, bias_hh)};
+  }
   static WeightAndBias input_weight_gradient(const Layer& l, const GateGradients& g, bool bias) {
     return {l.w_ih ? MaybeTensor(mm(transposed(g.d_x_gates), real_input(l))) : std::nullopt,
             bias ? MaybeTensor(sum_rows(g.d_x_gates)) : std::nullopt};

@@ -216,15 +216,19 @@ struct InputGradient {
   scalar_t* const* d_input;  // [N] rows of I
 };
 
-// d_weight = the sum over n of d_gates[n]^T rows[n], and d_bias that of d_gates[n].
+// d_weight = the sum over n of d_gates[n]^T rows[n], and d_bias that of d_gates[n]: of one weight or of two.
 template <typename scalar_t>
 struct WeightGradient {
   using operand_t = typename TypesOf<scalar_t>::operand_t;
-  int64_t N, M, K;
-  const operand_t* d_gates;     // [N, M]
-  const scalar_t* const* rows;  // [N] rows of K: what the weight was multiplied with
-  scalar_t* d_weight;           // [M, K] or null
-  scalar_t* d_bias;             // [M] or null
+  struct Weight {
+    int64_t K = 0;
+    const scalar_t* const* rows = nullptr;  // [N] rows of K: what the weight was multiplied with
+    scalar_t* d_weight = nullptr;           // [M, K] or null
+    scalar_t* d_bias = nullptr;             // [M] or null
+  };
+  int64_t N, M;
+  const operand_t* d_gates;  // [N, M]
+  Weight first, second;
 };
 
 template <typename scalar_t>

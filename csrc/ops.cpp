@@ -207,8 +207,9 @@ struct Operator {
         if (d.weight) weight = store(*d.weight);
         if (d.bias) bias = store(*d.bias);
       };
-      store_both(P::input_weight_gradient(layer, g, a.b_ih.has_value()), r.w_ih, r.b_ih);
-      store_both(P::recurrent_weight_gradient(layer, g, call.saved, a.b_hh.has_value()), r.w_hh, r.b_hh);
+      const auto [of_x, of_h] = P::weight_gradients(layer, g, call.saved, a.b_ih.has_value(), a.b_hh.has_value());
+      store_both(of_x, r.w_ih, r.b_ih);
+      store_both(of_h, r.w_hh, r.b_hh);
       if (layer.w_hr) r.w_hr = store(P::projection_gradient(layer, g, call.saved));
       if constexpr (C::kParameters > 0) r.w_cell = store(P::parameter_gradient(layer, g, call.saved));
     }

@@ -36,18 +36,20 @@ void input_gradient(const InputGradient<S>& p, const ThreadPool& all_threads) {
   });
 }
 
-// d_weight = d_gates^T rows, and the sum of d_gates. The sum over N runs in blocks: those of the rows, packed, and of
-// d_gates, transposed, stay in L2. Threads share the rows of d_weight and, where these are few, the panels of its
-// columns.
+// d_weight = d_gates^T rows, of both weights at once, and the sum of d_gates. The sum over N runs in blocks: those of
+// the rows, packed, and of d_gates, transposed, stay in L2. Threads share the rows of d_weight and, where these are
+// few, the panels of its columns.
 template <typename S>
 class WeightGradients {
  public:
   WeightGradients(const WeightGradient<S>& p, const ThreadPool& pool)
-      : p_(p), pool_(worth_threads(p.N * p.M * p.K) ? pool : kOneThread) {}
+      : p_(p),
+        second_column_(Panel::panels(columns(p.first)) * Panel::kBlock),
+        columns_(second_column_ + columns(p.second)),
+        pool_(worth_threads(p.N * p.M * columns_) ? pool : kOneThread) {}
 
   void run() const {
-    const int64_t columns = p_.d_weight ? p_.K : 0;
-    const ProductShares split(p_.M, kW, columns, Panel::kBlock, pool_.threads, kTranspose, kPack);
+    const ProductShares split(p_.M, kW, columns_, Panel::kBlock, pool_.threads, kTranspose, kPack);
     std::vector<Share> shares;
     for (int64_t i = 0; i < split.count(); ++i) shares.emplace_back(split[i], p_.N);
     in_parallel(pool_, split.count(), [&](int64_t begin, int64_t end) {
@@ -61,9 +63,10 @@ class WeightGradients {
   using T = typename M::T;
   using Word = typename M::Word;
   using Panel = PanelShape<T, 1>;
+  using Weight = typename WeightGradient<S>::Weight;
   static constexpr int kW = kWidth<T>;
   static constexpr int kRows = kTileRows<Panel::kVectors>;
-  static constexpr int64_t kRowsPerBlock = 256 * M::kDepth;
+  static constexpr int64_t kRowsPerBlock = 384 * M::kDepth;
   // Rows of d_weight whose d_gates are transposed at a time: whole squares and, if possible, tiles.
   static constexpr int64_t kGroup = 48;
   static_assert(kGroup % kW == 0);
@@ -72,20 +75,20 @@ class WeightGradients {
   static constexpr bool kNarrows = !std::is_same_v<S, T>;
 
   struct Share : ProductShares::Share {
-    Buffer<Word> packed;   // [panels, words of a block, kBlock]
-    Buffer<T> sums, bias;  // [rows, columns], [rows]: over the blocks so far, if the results are of 16 bits
+    Buffer<Word> packed;  // [panels, words of a block, kBlock]
+    Buffer<T> bias;       // [rows]  sums over the blocks so far
+    Buffer<T> sums;       // [rows, columns]  likewise, if the results are of 16 bits
 
     Share(const ProductShares::Share& share, int64_t N)
-        : ProductShares::Share(share), packed(Panel::panels(columns()) * panel_words(kRowsPerBlock)) {
-      if (!kNarrows || N <= kRowsPerBlock) return;
-      sums = Buffer<T>(rows() * columns());
-      bias = Buffer<T>(rows());
+        : ProductShares::Share(share), packed(Panel::panels(columns()) * panel_words(kRowsPerBlock)), bias(rows()) {
+      if (kNarrows && N > kRowsPerBlock) sums = Buffer<T>(rows() * columns());
     }
     int64_t rows() const { return row_end - row_begin; }
     int64_t columns() const { return column_end - column_begin; }
     static int64_t panel_words(int64_t depth) { return words_of<S>(depth) * Panel::kColumns; }
-    Word* panel(Units units, int64_t depth) const {
-      return packed.get() + (units.begin - column_begin) / Panel::kBlock * panel_words(depth);
+    // That of a column, counted from the share's first on.
+    Word* panel(int64_t column, int64_t depth) const {
+      return packed.get() + column / Panel::kBlock * panel_words(depth);
     }
   };
 
@@ -95,17 +98,33 @@ class WeightGradients {
     const R* gates;  // [count, depth]
   };
 
+  static int64_t columns(const Weight& weight) { return weight.d_weight ? weight.K : 0; }
+  // Columns of shares are counted through both weights, each of them from a whole panel on. Calls f(weight, its
+  // columns, the first of them in the share).
+  template <typename F>
+  void for_each_panel_of(const Share& share, const F& f) const {
+    for_each_panel<Panel>({share.column_begin, share.column_end}, [&](Units units) {
+      const bool second = units.begin >= second_column_;
+      const Weight& weight = second ? p_.second : p_.first;
+      const int64_t before = second ? second_column_ : 0;
+      f(weight, Units{units.begin - before, std::min(weight.K, units.end - before)}, units.begin - share.column_begin);
+    });
+  }
+
   void run_share(const Share& share) const {
     for (int64_t n0 = 0; n0 < p_.N; n0 += kRowsPerBlock) {
       const int64_t depth = std::min(kRowsPerBlock, p_.N - n0);
-      pack_rows(share, n0, depth);
+      for_each_panel_of(share, [&](const Weight& weight, Units units, int64_t column) {
+        const auto row = [&](int64_t n) { return weight.rows[n0 + n] + units.begin; };
+        pack_columns<S>(depth, units.end - units.begin, row, share.panel(column, depth));
+      });
       for_each_tile(share.row_begin / kW, (share.row_end + kW - 1) / kW, kGroup / kW, [&](int64_t first, int squares) {
         alignas(64) R gates[kGroup * kRowsPerBlock];
         const int64_t m0 = first * kW;
         const Block block{n0, depth, m0, std::min<int64_t>(squares * kW, share.row_end - m0), gates};
         transpose_gates(block, gates);
-        if (p_.d_bias && share.column_begin == 0) add_bias(share, block);
-        if (p_.d_weight) add_products(share, block);
+        if (share.column_begin == 0) add_bias(share, block);
+        add_products(share, block);
       });
     }
     if (p_.N == 0) clear(share);
@@ -113,25 +132,21 @@ class WeightGradients {
 
   void clear(const Share& share) const {
     const int64_t begin = share.row_begin, end = share.row_end;
-    if (p_.d_weight) std::fill(p_.d_weight + begin * p_.K, p_.d_weight + end * p_.K, S{});
-    if (p_.d_bias) std::fill(p_.d_bias + begin, p_.d_bias + end, S{});
-  }
-
-  void pack_rows(const Share& share, int64_t n0, int64_t depth) const {
-    if (!p_.d_weight) return;
-    for_each_panel<Panel>({share.column_begin, share.column_end}, [&](Units units) {
-      const auto row = [&](int64_t n) { return p_.rows[n0 + n] + units.begin; };
-      pack_columns<S>(depth, units.end - units.begin, row, share.panel(units, depth));
-    });
+    for (const Weight& of : {p_.first, p_.second}) {
+      if (of.d_weight) std::fill(of.d_weight + begin * of.K, of.d_weight + end * of.K, S{});
+      if (of.d_bias) std::fill(of.d_bias + begin, of.d_bias + end, S{});
+    }
   }
 
   void transpose_gates(const Block& block, R* gates) const {
-    const int64_t depth = block.depth;
+    const int64_t depth = block.depth, in_squares = block.count / kW * kW;
     const auto row = [&](int64_t n) { return p_.d_gates + (block.n0 + n) * p_.M + block.m0; };
-    for (int64_t m = 0; m < block.count; m += kW) {
-      const int64_t here = std::min<int64_t>(kW, block.count - m);
-      int64_t n = 0;
-      for (; here == kW && n + kW * M::kDepth <= depth; n += kW * M::kDepth) {
+    const auto one_by_one = [&](int64_t n, int64_t first) {
+      for (int64_t m = first; m < block.count; ++m) gates[m * depth + n] = row(n)[m];
+    };
+    int64_t n = 0;
+    for (; n + kW * M::kDepth <= depth; n += kW * M::kDepth) {
+      for (int64_t m = 0; m < in_squares; m += kW) {
         Vec<Word> square[kW];
 #pragma GCC unroll 16
         for (int i = 0; i < kW; ++i) {
@@ -142,32 +157,15 @@ class WeightGradients {
 #pragma GCC unroll 16
         for (int j = 0; j < kW; ++j) std::memcpy(gates + (m + j) * depth + n, &square[j], sizeof square[j]);
       }
-      for (; n < depth; ++n) {
-        for (int64_t j = 0; j < here; ++j) gates[(m + j) * depth + n] = row(n)[m + j];
-      }
+      for (int64_t i = n; i < n + kW * M::kDepth; ++i) one_by_one(i, in_squares);
     }
+    for (; n < depth; ++n) one_by_one(n, 0);
   }
 
-  // The sums over the blocks of N gather in the results or, where those are of 16 bits, at wide(), lest each sum be
-  // rounded. The last block gives the results.
-  template <typename Wide, typename Lanes>
-  FASTRNN_HD void add_up(const Block& block, Vec<T> sum, S* result, const Wide& wide, Lanes lanes) const {
-    const auto so_far = [&] {
-      if constexpr (kNarrows) {
-        return wide();
-      } else {
-        return result;
-      }
-    };
-    if (block.n0 > 0) sum += load(so_far(), lanes);
-    if (block.n0 + block.depth < p_.N) {
-      store(so_far(), sum, lanes);
-    } else {
-      store(result, sum, lanes);
-    }
-  }
+  bool is_last(const Block& block) const { return block.n0 + block.depth == p_.N; }
 
   void add_bias(const Share& share, const Block& block) const {
+    if (!p_.first.d_bias && !p_.second.d_bias) return;
     const R ones[2] = {M::kOne, M::kOne};
     const auto one = M::repeat(ones, M::kDepth);
     for (int64_t m = 0; m < block.count; ++m) {
@@ -175,32 +173,43 @@ class WeightGradients {
       Vec<T> sums{};
       int64_t n = 0;
       for (; n + kW * M::kDepth <= block.depth; n += kW * M::kDepth) M::add(sums, one, M::along(gates + n, AllLanes{}));
-      T sum = 0;
-      for (; n < block.depth; ++n) sum += M::widen(gates[n]);
-      for (int i = 0; i < kW; ++i) sum += sums[i];
-      const int64_t row = block.m0 + m;
-      const auto wide = [&] { return share.bias.get() + row - share.row_begin; };
-      add_up(block, broadcast<Vec<T>>(sum), p_.d_bias + row, wide, 1);
+      T* const sum = share.bias.get() + block.m0 + m - share.row_begin;
+      if (block.n0 == 0) *sum = 0;
+      for (; n < block.depth; ++n) *sum += M::widen(gates[n]);
+      for (int i = 0; i < kW; ++i) *sum += sums[i];
+      for (const Weight& of : {p_.first, p_.second}) {
+        if (of.d_bias && is_last(block)) store(of.d_bias + block.m0 + m, broadcast<Vec<T>>(*sum), 1);
+      }
     }
   }
 
   void add_products(const Share& share, const Block& block) const {
-    for_each_panel<Panel>({share.column_begin, share.column_end}, [&](Units units) {
-      const Word* const panel = share.panel(units, block.depth);
+    for_each_panel_of(share, [&](const Weight& weight, Units units, int64_t column) {
       for_each_tile(0, block.count, kRows, [&](int64_t first, int count) {
         const R* rows[kMaxTileRows];
         for (int r = 0; r < count; ++r) rows[r] = block.gates + (first + r) * block.depth;
         alignas(64) T tile[kRows * Panel::kColumns];
-        product_of_units<R, Panel>(units.end - units.begin, count, block.depth, rows, panel, Panel::kColumns, nullptr,
-                                   tile);
+        product_of_units<R, Panel>(units.end - units.begin, count, block.depth, rows, share.panel(column, block.depth),
+                                   Panel::kColumns, nullptr, tile);
         for (int r = 0; r < count; ++r) {
           const int64_t m = block.m0 + first + r;
-          for_each_vector<T>(units.begin, units.end, p_.K, [&](int64_t j, auto lanes) FASTRNN_INLINE {
-            const Vec<T> sum = load(tile + r * Panel::kColumns + j - units.begin);
-            const auto wide = [&] {
-              return share.sums.get() + (m - share.row_begin) * share.columns() + j - share.column_begin;
-            };
-            add_up(block, sum, p_.d_weight + m * p_.K + j, wide, lanes);
+          S* const result = weight.d_weight + m * weight.K;
+          // Sums over the blocks gather in the results or, where narrowing would round each of them, beside.
+          const auto so_far = [&](int64_t j) FASTRNN_INLINE {
+            if constexpr (kNarrows) {
+              return share.sums.get() + (m - share.row_begin) * share.columns() + column + j - units.begin;
+            } else {
+              return result + j;
+            }
+          };
+          for_each_vector<T>(units.begin, units.end, weight.K, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+            Vec<T> sum = load(tile + r * Panel::kColumns + j - units.begin);
+            if (block.n0 > 0) sum += load(so_far(j), lanes);
+            if (is_last(block)) {
+              store(result + j, sum, lanes);
+            } else {
+              store(so_far(j), sum, lanes);
+            }
           });
         }
       });
@@ -208,6 +217,7 @@ class WeightGradients {
   }
 
   const WeightGradient<S>& p_;
+  const int64_t second_column_, columns_;
   const ThreadPool& pool_;
 };
 
