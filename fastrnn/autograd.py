@@ -118,7 +118,11 @@ class Operator:
         """The weights of a call, packed, if they are kept so."""
         if packing is None:
             return None
-        return packing.of(self.pack, (arguments[1], arguments[2], arguments[5] if self.states > 1 else None))
+        return packing.of(self.pack, self.weights(arguments))
+
+    def weights(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """W_ih, W_hh and the projection, those that there are, of the arguments of the operator."""
+        return arguments[1], arguments[2], arguments[5] if self.states > 1 else None
 
     def run_both(self, *arguments: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Two layers in one call, eagerly.
@@ -233,7 +237,7 @@ def _differentiable_forward(operator: Operator, *arguments: Any) -> Results:
 
 def _differentiable_backward(operator: Operator, *arguments: Any) -> Gradients:
     if _is_forward_mode():
-        return operator.gradients(*_options_and_tensors(operator, arguments))
+        return operator.gradients(*options_and_tensors(operator, arguments))
     if _is_differentiated(*arguments):
         return _FastrnnGradient.apply(operator, *arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _FastrnnGradient.forward(operator, *arguments)
@@ -246,7 +250,7 @@ def _is_differentiated(*arguments: Any) -> bool:
     )
 
 
-def _options_and_tensors(operator: Operator, arguments: Sequence[Any]) -> tuple[Any, ...]:
+def options_and_tensors(operator: Operator, arguments: Sequence[Any]) -> tuple[Any, ...]:
     """What Operator.gradients takes, from the arguments of the operator's backward."""
     tensors = operator.results + operator.floats
     controls = tensors + 3 + operator.saved + 3
@@ -418,7 +422,7 @@ class _FastrnnGradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         ctx.operator, *arguments = inputs
         ctx.inputs = len(inputs)
-        (batch_sizes, ctx.reverse, *controls), *tensors = _options_and_tensors(ctx.operator, arguments)
+        (batch_sizes, ctx.reverse, *controls), *tensors = options_and_tensors(ctx.operator, arguments)
         ctx.controls, control_tensors = _take_tensors(controls)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, batch_sizes, *control_tensors)

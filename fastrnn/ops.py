@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from typing_extensions import Unpack  # a requirement of torch
 
-from . import _library, fakes, reference
+from . import _library, fakes, flops, reference
 from .autograd import Meet, Operator
 from .packing import Packing
 
@@ -396,12 +396,16 @@ def _h_operator(
         return layer(*tensors, h0, **options, **({} if w_cell is None else {"w_cell": w_cell}))
 
     fakes.register_h_layer(name, saved, gates)
-    return Operator(name, floats=7, states=1, results=2, definition=definition)
+    operator = Operator(name, floats=7, states=1, results=2, definition=definition)
+    flops.register(operator, gates_within=1 if name == "gru_before_layer" else 0)
+    return operator
 
 
 def _c_operator(name: str, saved: int, gates: int, definition: Callable[..., tuple[Tensor, ...]]) -> Operator:
     fakes.register_c_layer(name, saved, gates)
-    return Operator(name, floats=9, states=2, results=4, definition=definition)
+    operator = Operator(name, floats=9, states=2, results=4, definition=definition)
+    flops.register(operator)
+    return operator
 
 
 def _lstm_definition(*arguments: Any, coupled: bool = False, norm: bool = False) -> tuple[Tensor, ...]:
@@ -450,3 +454,4 @@ _LSTM_PEEPHOLE = _c_operator("lstm_peephole_layer", 4, 4, _lstm_definition)
 _LSTM_NORM = _c_operator("lstm_norm_layer", 12, 4, partial(_lstm_definition, norm=True))
 _GRU_NORM = _h_operator("gru_norm_layer", 10, 3, _gru_norm_definition)
 _SLSTM = _c_operator("slstm_layer", 5, 4, _slstm_definition)
+flops.tell_torch()
