@@ -61,6 +61,12 @@ def check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> N
         )
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a call may look at the values of a tensor: not at fake ones, nor where it is recorded for others."""
+    is_recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return type(tensor) is Tensor and not is_recorded
+
+
 def is_autocast_on() -> bool:
     """Whether autocast is on for any device: the public ways to ask take four times as long."""
     return torch._C._is_any_autocast_enabled()  # RNNBase asks it too
@@ -245,10 +251,10 @@ class LayerStack(PacksWeights, nn.RNNBase):
                 )
             if lengths.device != input.device:
                 raise ValueError(f"expected lengths on {input.device}, like input, got {lengths.device}")
-            is_compiling = torch.compiler.is_compiling()
-            values = lengths if is_compiling else torch.func.debug_unwrap(lengths)  # of all members of torch.vmap
+            # Of all members of torch.vmap.
+            values = lengths if torch.compiler.is_compiling() else torch.func.debug_unwrap(lengths)
             inside = ((values >= 0) & (values <= T)).all()
-            if lengths.device.type == "cpu" and not is_compiling:
+            if lengths.device.type == "cpu" and has_values(values):
                 if not inside:
                     raise ValueError(f"expected lengths from 0 to {T}, got {values.tolist()}")
             else:
@@ -303,9 +309,9 @@ class LayerStack(PacksWeights, nn.RNNBase):
 
     def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
         """Raises as torch.nn does where sizes or dtypes do not fit the module."""
-        if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
+        if hx is None or (batch_sizes is not None and not has_values(batch_sizes)):
             self.check_input(input, batch_sizes)
-            if hx is not None and batch_sizes is not None:  # the graph's data, known when it runs
+            if hx is not None and batch_sizes is not None:  # known when the graph runs
                 rows_fit = batch_sizes[0] == self._states(hx)[0].size(1)
                 torch._assert_async(rows_fit, "Expected hidden to have as many rows as there are sequences")
         else:

@@ -5,6 +5,9 @@ import pytest
 import torch
 from test_options import LENGTHS, MODULES, B, I, T, assert_same, build, draw, gradients, states_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
 
@@ -59,3 +62,40 @@ def test_programs_of_calls_with_everything(make, name):
             torch.autograd.grad(sum(o.sin().sum() for o in got), arguments[0]),
             torch.autograd.grad(sum(o.sin().sum() for o in expected), arguments[0]),
         )
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_fake_lengths(name):
+    """What their values would be is asked by nothing that only needs shapes."""
+    call = Call(build(name, num_layers=2, bidirectional=True)).eval()
+    arguments = draw(T, B, I), LENGTHS, draw(T, B, seed=2) > 0.5
+    shapes = [tensor.shape for tensor in call(*arguments)]
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        results = call(*map(fake.from_tensor, arguments))
+    assert [tensor.shape for tensor in results] == shapes
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_fake_batch_sizes(name):
+    """Given states tell how many sequences there are."""
+    packed = pack_padded_sequence(draw(T, B, I), LENGTHS.clamp(min=1), enforce_sorted=False)
+    state = torch.zeros(1, B, 4).double()
+    with FakeTensorMode() as fake:
+        module, input = (
+            getattr(fastrnn, name)(I, 4, dtype=torch.float64),
+            PackedSequence(*map(fake.from_tensor, packed)),
+        )
+        state = fake.from_tensor(state)
+        output, states = module(input, (state, state) if name == "LSTM" else state)
+    assert output.data.shape == (len(packed.data), 4)
+    assert all(state.shape == (1, B, 4) for state in states_of(states))
+
+
+def test_recorded_lengths():
+    """The check is part of what is recorded."""
+    module, input = build("gru"), draw(T, B, I)
+    program = make_fx(lambda lengths: module(input, lengths=lengths)[0])(LENGTHS)
+    others = LENGTHS.flip(0)
+    assert_same([program(others)], [module(input, lengths=others)[0]])
+    with pytest.raises(RuntimeError, match="expected lengths from 0 to the number of steps of input"):
+        program(others + T)
