@@ -309,6 +309,8 @@ class LayerStack(PacksWeights, nn.RNNBase):
 
     def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
         """Raises as torch.nn does where sizes or dtypes do not fit the module."""
+        if batch_sizes is not None and batch_sizes.dim() != 1:
+            raise RuntimeError(f"Expected batch_sizes to be 1-D, got {batch_sizes.dim()}-D")
         if hx is None or (batch_sizes is not None and not has_values(batch_sizes)):
             self.check_input(input, batch_sizes)
             if hx is not None and batch_sizes is not None:  # known when the graph runs

@@ -140,23 +140,27 @@ def test_inputs(cell, bad):
 
 
 BAD_BATCH_SIZES = {
-    "increasing": [2, 3, 2],
-    "zero": [3, 3, 1, 0],
-    "negative": [3, 3, 2, -1],
-    "too few rows": [3, 3],
-    "too many rows": [3, 3, 2],
-    "two dimensions": [[3, 2], [1, 1]],
-    "none": [],
+    "increasing": ([2, 3, 2], RuntimeError, "expected batch_sizes not to increase, got 3 after 2"),
+    "zero": ([3, 3, 1, 0], RuntimeError, "expected batch_sizes to be positive, got 0 at step 3"),
+    "negative": ([3, 3, 2, -1], RuntimeError, "expected batch_sizes to be positive, got -1 at step 3"),
+    "too few rows": ([3, 3], RuntimeError, "expected input of sum(batch_sizes) = 6 rows, got 7"),
+    "too many rows": ([3, 3, 2], RuntimeError, "expected input of sum(batch_sizes) = 8 rows, got 7"),
+    "two dimensions": ([[3, 2], [1, 1]], RuntimeError, "Expected batch_sizes to be 1-D, got 2-D"),
+    "none": ([], IndexError, "index 0 is out of bounds for dimension 0 with size 0"),
 }
 
 
+@pytest.mark.parametrize("states", [False, True], ids=["", "states"])
 @pytest.mark.parametrize("bad", BAD_BATCH_SIZES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_batch_sizes(cell, bad):
-    """A PackedSequence made by hand: RuntimeError. torch.nn reads wrong rows in some of these cases, or says less."""
-    packed = PackedSequence(torch.randn(7, I), torch.tensor(BAD_BATCH_SIZES[bad], dtype=torch.int64))
-    with pytest.raises((RuntimeError, IndexError, ValueError)):
-        Case(cell).module(fastrnn)(packed)
+def test_batch_sizes(cell, bad, states):
+    """A PackedSequence made by hand. torch.nn reads wrong rows in some of these cases, or says less, but for "none"."""
+    sizes, error, words = BAD_BATCH_SIZES[bad]
+    packed = PackedSequence(torch.randn(7, I), torch.tensor(sizes, dtype=torch.int64))
+    state = zeros(1, sizes[0] if bad not in ("none", "two dimensions") else B, H)
+    hx = [(state, state) if cell == "lstm" else state] if states else []
+    with pytest.raises(error, match=re.escape(words) + "$"):
+        Case(cell).module(fastrnn)(packed, *hx)
 
 
 def zeros(*shape, **options):
