@@ -64,8 +64,8 @@ def convert(model: nn.Module) -> Conversion:
         model: Any module, which may itself be recurrent. Modules that are fastrnn's already stay so.
 
     Returns:
-        What was converted, and what was left alone and why: subclasses of torch.nn's classes, modules with a `forward`
-        of their own, scripted and quantized modules, those with complex weights. Print it.
+        What was converted, and what was left alone and why: subclasses of torch.nn's classes and of their bases,
+        modules with a `forward` of their own, scripted and quantized modules, those with complex weights. Print it.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -73,8 +73,7 @@ def convert(model: nn.Module) -> Conversion:
     result = Conversion()
     for name, module in _named_modules(model):
         base = _base(type(module))
-        reason = _reason_against(module, base)
-        if reason:
+        if reason := reason_against(module):
             result.left_alone[name] = reason
         elif base in _PAIRS:
             _swap(module, _PAIRS[base])
@@ -190,8 +189,9 @@ def _swap(module: nn.Module, to: type[nn.Module]) -> None:
         module._init_flat_weights()
 
 
-def _reason_against(module: nn.Module, base: type[nn.Module]) -> str | None:
-    """Why a module that looks recurrent cannot be converted."""
+def reason_against(module: nn.Module) -> str | None:
+    """Why `convert` leaves a module alone that looks recurrent."""
+    base = _base(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted or traced" if getattr(module, "original_name", None) in _NAMES else None
     if base in _PAIRS:
@@ -207,4 +207,6 @@ def _reason_against(module: nn.Module, base: type[nn.Module]) -> str | None:
         return f"{base.__name__} is a subclass of torch.nn.{parent.__name__}"
     if base.__module__.startswith("torch.ao.nn.quantiz") and base.__name__ in _NAMES:
         return "quantized"
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, PacksWeights):
+        return f"fastrnn has no {base.__name__}"
     return None

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import _C, _library, cells, modules
+from fastrnn.convert import reason_against as reason_against_converting
 from fastrnn.options import NO_OPTIONS
-from fastrnn.packing import reason_against
+from fastrnn.packing import reason_against as reason_against_keeping
 from fastrnn.stack import LayerStack, read_weights
 
 
@@ -52,7 +53,9 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
         raise TypeError(f"expected an RNN, GRU, LSTM or cell, got {type(module).__name__}")
     name = type(module).__name__
     if not isinstance(module, (LayerStack, cells._Cell)):
-        return Explanation((f"{name}: torch.nn's own; fastrnn.convert(module) makes it fastrnn's",), ())
+        reason = reason_against_converting(module)
+        advice = f"leaves it alone: {reason}" if reason else "makes it fastrnn's"
+        return Explanation((f"{name}: runs as torch.nn's; fastrnn.convert(module) {advice}",), ())
 
     is_cell = isinstance(module, nn.RNNCellBase)
     options: Any = module  # Module.__getattr__ has no type for them
@@ -100,7 +103,7 @@ def _reason_against_packing(module: Any, dtype: torch.dtype) -> str | None:
         return "autocast casts the weights at every call"
     if not isinstance(module, nn.RNNCellBase) and module.training and module.options.weight_dropout > 0:
         return "weight_dropout draws the recurrent weights at every call"
-    return next(filter(None, map(reason_against, weights)), None)
+    return next(filter(None, map(reason_against_keeping, weights)), None)
 
 
 def _cell_problem(module: Any) -> dict[str, Any]:

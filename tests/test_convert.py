@@ -168,6 +168,11 @@ def quantized():
         return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(5, 6)), {nn.LSTM})
 
 
+class AnotherCell(nn.RNNBase):
+    def forward(self, input):
+        return input + self.weight_hh_l0.sum(), None
+
+
 def forward_replaced():
     lstm = nn.LSTM(5, 6)
     lstm.forward = lambda input: nn.LSTM.forward(lstm, 2 * input)
@@ -183,8 +188,9 @@ def forward_replaced():
         (lambda: torch.jit.script(nn.Sequential(nn.LSTM(5, 6))), "scripted or traced"),
         (lambda: torch.jit.trace(nn.Sequential(nn.LSTM(5, 6)), torch.zeros(7, 3, 5)), "scripted or traced"),
         (lambda: nn.Sequential(nn.LSTM(5, 6, dtype=torch.complex64)), "complex weights"),
+        (lambda: nn.Sequential(AnotherCell("LSTM", 5, 6)), "fastrnn has no AnotherCell"),
     ],
-    ids=["subclass", "forward_replaced", "quantized", "scripted", "traced", "complex"],
+    ids=["subclass", "forward_replaced", "quantized", "scripted", "traced", "complex", "base"],
 )
 def test_what_cannot_be_converted_is_left_alone(build, reason, input):
     model = build()
@@ -195,6 +201,9 @@ def test_what_cannot_be_converted_is_left_alone(build, reason, input):
     assert result.left_alone == {"0": reason}
     assert str(result) == f"left alone 0: {reason}"
     assert classes(model) == before
+    if isinstance(module := dict(model.named_modules())["0"], nn.RNNBase):
+        text = f"runs as torch.nn's; fastrnn.convert(module) leaves it alone: {reason}"
+        assert text in str(fastrnn.explain(module, input))
     assert torch.equal(model(input)[0], expected)
     with pytest.raises(ValueError, match="nothing to revert"):
         fastrnn.revert(model)
