@@ -257,6 +257,14 @@ def options_and_tensors(operator: Operator, arguments: Sequence[Any]) -> tuple[A
     return [*arguments[tensors : tensors + 2], *arguments[controls:]], *arguments[:tensors]
 
 
+def needed_gradients(operator: Operator, arguments: Sequence[Any]) -> list[bool]:
+    """Which of the gradients that the operator's backward returns it is asked for."""
+    flags = operator.results + operator.floats + 3 + operator.saved
+    need_input, need_weights, need_states = arguments[flags : flags + 3]
+    weights = operator.floats - 1 - operator.states
+    return [need_input, *[need_weights] * weights, *[need_states] * operator.states]
+
+
 def _call_without_autocast(op: Any, device: str, *arguments: Any) -> Results:
     # The products inside compute in the dtype of the arguments. This kernel is not reached where autocast is off.
     with torch.autocast(device, enabled=False):
@@ -423,6 +431,8 @@ class _FastrnnGradient(torch.autograd.Function):
         ctx.operator, *arguments = inputs
         ctx.inputs = len(inputs)
         (batch_sizes, ctx.reverse, *controls), *tensors = options_and_tensors(ctx.operator, arguments)
+        floats, needed = tensors[ctx.operator.results :], needed_gradients(ctx.operator, arguments)
+        ctx.given = [need and t is not None for need, t in zip(needed, floats, strict=True)]
         ctx.controls, control_tensors = _take_tensors(controls)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, batch_sizes, *control_tensors)
@@ -432,7 +442,9 @@ class _FastrnnGradient(torch.autograd.Function):
         count = ctx.operator.results + ctx.operator.floats
         tensors, (batch_sizes, *rest) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         options = [batch_sizes, ctx.reverse, *_put_tensors(ctx.controls, rest)]
-        second = _vjp(partial(ctx.operator.gradients, options), tensors, grad_gradients)
+        # Gradients that were not asked for, or of arguments that are not there, came back empty.
+        given = [grad if is_given else None for grad, is_given in zip(grad_gradients, ctx.given, strict=True)]
+        second = _vjp(partial(ctx.operator.gradients, options), tensors, given)
         return None, *second, *[None] * (ctx.inputs - 1 - len(second))
 
 

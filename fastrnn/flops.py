@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .autograd import Operator, halves, options_and_tensors
+from .autograd import Operator, halves, needed_gradients, options_and_tensors
 
 _COUNTER = "torch.utils.flop_counter"
 _formulas: dict[Any, Callable[..., int]] = {}
@@ -44,8 +44,7 @@ def _forward(operator: Operator, gates_within: int, *arguments: Any, out_val: An
 def _backward(operator: Operator, gates_within: int, *arguments: Any, out_val: Any) -> int:
     (_, _, *controls), *tensors = options_and_tensors(operator, arguments)
     floats = tensors[operator.results :]
-    end = len(arguments) - len(controls)
-    need_input, need_weights, need_states = arguments[end - 3 : end]
+    need_input, need_weights, *_, need_states = needed_gradients(operator, arguments)
     rows, rows_after_others = _rows(operator, floats, controls)
     of_input, of_h, of_projection = _sizes(operator, floats)
     # The gradient of h before the first step of a sequence is that of h0.

@@ -77,6 +77,16 @@ def test_opcheck(case, device):
     torch.library.opcheck(backward, (*grads, *saved, True, True, True))
 
 
+@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_of_second_derivatives(cell, needed, device):
+    """Of all results of backward, of which those that were not asked for are empty."""
+    _, backward, arguments, (grads, saved) = operators(LayerCase(cell, **TINY), device)
+    floats = [t if t is None else t.requires_grad_() for t in saved[: len(arguments) - 3]]
+    rest = saved[len(floats) :]
+    torch.library.opcheck(backward, (*grads, *floats, *rest, *needed), test_utils="test_aot_dispatch_dynamic")
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck_of_what_is_not_asked_for(cell, device):
     """Nothing saved, no gradient of the input, the weights or the states wanted, none of an output given."""
