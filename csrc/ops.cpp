@@ -36,18 +36,18 @@
 namespace fastrnn {
 namespace {
 
-// "fastrnn::lstm_layer" and the like, for messages.
+// Of the operators of a cell, for messages.
+struct Names {
+  const char *forward, *packed, *backward, *pack;
+};
 template <template <typename> class Cell>
-constexpr const char* kName = nullptr;
-template <template <typename> class Cell>
-constexpr const char* kPackName = nullptr;
-#define FASTRNN_NAME(name, Cell)                                  \
-  template <>                                                     \
-  constexpr const char* kName<Cell> = "fastrnn::" #name "_layer"; \
-  template <>                                                     \
-  constexpr const char* kPackName<Cell> = "fastrnn::_" #name "_layer_pack";
-FASTRNN_FOR_EACH_CELL(FASTRNN_NAME)
-#undef FASTRNN_NAME
+constexpr Names kNames = {};
+#define FASTRNN_NAMES(name, Cell)                                                                 \
+  template <>                                                                                     \
+  constexpr Names kNames<Cell> = {"fastrnn::" #name "_layer", "fastrnn::_" #name "_layer_packed", \
+                                  "fastrnn::" #name "_layer_backward", "fastrnn::_" #name "_layer_pack"};
+FASTRNN_FOR_EACH_CELL(FASTRNN_NAMES)
+#undef FASTRNN_NAMES
 
 template <template <typename> class Cell>
 constexpr CellFacts kFacts = {Cell<float>::kGates + kResetsBefore<Cell<float>>, Cell<float>::kStates,
@@ -85,7 +85,7 @@ struct Operator {
 
   static Tensor pack(const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& w_hr) {
     // The weight in the place of the input: what they are compared with.
-    const Arguments a{kPackName<Cell>, w_hh, w_ih, w_hh, {}, {}, w_hr, {}, w_hh, {}, {}, false, {}};
+    const Arguments a{kNames<Cell>.pack, w_hh, w_ih, w_hh, {}, {}, w_hr, {}, w_hh, {}, {}, false, {}};
     a.check_dtype("w_hh", w_hh.scalar_type());
     a.check_recurrent(kFacts<Cell>.gates);
     a.check_weights(kFacts<Cell>.gates, w_ih && w_ih->dim() == 2 ? w_ih->size(1) : 0, w_hh.size(1));
@@ -221,20 +221,23 @@ struct Operator {
   }
 };
 
+// Whether to save, or the packed weights: in their place in the schema stands the one or the other.
+inline const char* name_for(const Names& names, bool) { return names.forward; }
+inline const char* name_for(const Names& names, const Tensor&) { return names.packed; }
+inline bool saves(bool save) { return save; }
+inline bool saves(const Tensor&) { return false; }
+inline MaybeTensor packed_weights(bool) { return std::nullopt; }
+inline MaybeTensor packed_weights(const Tensor& packed) { return packed; }
+
 // What torch hands over and takes back. Cells with the state h alone, then those with h and c.
 
-inline ForwardCall with_packed(ForwardCall call, const Tensor& packed) {
-  call.arguments.packed = packed;
-  return call;
-}
-
-template <template <typename> class Cell>
+template <template <typename> class Cell, typename SaveOrPacked>
 ForwardCall h_forward(const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
                       const MaybeTensor& b_hh, const MaybeTensor& w_cell, const Tensor& h0,
-                      const MaybeTensor& batch_sizes, bool reverse, bool save, const MaybeTensor& lengths,
+                      const MaybeTensor& batch_sizes, bool reverse, SaveOrPacked how, const MaybeTensor& lengths,
                       const MaybeTensor& reset, const MaybeTensor& h_mask, const MaybeTensor& zone_h,
                       double grad_clip) {
-  return {{kName<Cell>,
+  return {{name_for(kNames<Cell>, how),
            input,
            w_ih,
            w_hh,
@@ -246,20 +249,10 @@ ForwardCall h_forward(const Tensor& input, const MaybeTensor& w_ih, const Tensor
            std::nullopt,
            batch_sizes,
            reverse,
-           {lengths, reset, h_mask, zone_h, std::nullopt, grad_clip}},
-          save,
+           {lengths, reset, h_mask, zone_h, std::nullopt, grad_clip},
+           packed_weights(how)},
+          saves(how),
           false};
-}
-
-template <template <typename> class Cell>
-ForwardCall h_forward_packed(const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
-                             const MaybeTensor& b_hh, const MaybeTensor& w_cell, const Tensor& h0,
-                             const MaybeTensor& batch_sizes, bool reverse, const Tensor& packed,
-                             const MaybeTensor& lengths, const MaybeTensor& reset, const MaybeTensor& h_mask,
-                             const MaybeTensor& zone_h, double grad_clip) {
-  return with_packed(h_forward<Cell>(input, w_ih, w_hh, b_ih, b_hh, w_cell, h0, batch_sizes, reverse, false, lengths,
-                                     reset, h_mask, zone_h, grad_clip),
-                     packed);
 }
 
 template <template <typename> class Cell>
@@ -269,8 +262,9 @@ BackwardCall h_backward(const MaybeTensor& grad_output, const MaybeTensor& grad_
                         const Tensor& output, const MaybeTensor& saved_gates, const MaybeTensor& h_in, bool need_input,
                         bool need_weights, bool need_states, const MaybeTensor& lengths, const MaybeTensor& reset,
                         const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip) {
-  ForwardCall forward = h_forward<Cell>(input, w_ih, w_hh, b_ih, b_hh, w_cell, h0, batch_sizes, reverse, true, lengths,
-                                        reset, h_mask, zone_h, grad_clip);
+  ForwardCall forward = h_forward<Cell, bool>(input, w_ih, w_hh, b_ih, b_hh, w_cell, h0, batch_sizes, reverse, true,
+                                              lengths, reset, h_mask, zone_h, grad_clip);
+  forward.arguments.op = kNames<Cell>.backward;
   ForwardResult saved;
   saved.output = output;
   saved.saved_gates = dense(saved_gates);
@@ -295,13 +289,13 @@ struct HResults {
   }
 };
 
-template <template <typename> class Cell>
+template <template <typename> class Cell, typename SaveOrPacked>
 ForwardCall c_forward(const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
                       const MaybeTensor& b_hh, const MaybeTensor& w_hr, const MaybeTensor& w_cell, const Tensor& h0,
-                      const Tensor& c0, const MaybeTensor& batch_sizes, bool reverse, bool save,
+                      const Tensor& c0, const MaybeTensor& batch_sizes, bool reverse, SaveOrPacked how,
                       const MaybeTensor& lengths, const MaybeTensor& reset, const MaybeTensor& h_mask,
                       const MaybeTensor& zone_h, double grad_clip, const MaybeTensor& zone_c, bool return_cells) {
-  return {{kName<Cell>,
+  return {{name_for(kNames<Cell>, how),
            input,
            w_ih,
            w_hh,
@@ -313,21 +307,10 @@ ForwardCall c_forward(const Tensor& input, const MaybeTensor& w_ih, const Tensor
            c0,
            batch_sizes,
            reverse,
-           {lengths, reset, h_mask, zone_h, zone_c, grad_clip}},
-          save,
+           {lengths, reset, h_mask, zone_h, zone_c, grad_clip},
+           packed_weights(how)},
+          saves(how),
           return_cells};
-}
-
-template <template <typename> class Cell>
-ForwardCall c_forward_packed(const Tensor& input, const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
-                             const MaybeTensor& b_hh, const MaybeTensor& w_hr, const MaybeTensor& w_cell,
-                             const Tensor& h0, const Tensor& c0, const MaybeTensor& batch_sizes, bool reverse,
-                             const Tensor& packed, const MaybeTensor& lengths, const MaybeTensor& reset,
-                             const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip,
-                             const MaybeTensor& zone_c, bool return_cells) {
-  return with_packed(c_forward<Cell>(input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes, reverse, false,
-                                     lengths, reset, h_mask, zone_h, grad_clip, zone_c, return_cells),
-                     packed);
 }
 
 template <template <typename> class Cell>
@@ -340,8 +323,9 @@ BackwardCall c_backward(const MaybeTensor& grad_output, const MaybeTensor& grad_
                         bool need_states, const MaybeTensor& lengths, const MaybeTensor& reset,
                         const MaybeTensor& h_mask, const MaybeTensor& zone_h, double grad_clip,
                         const MaybeTensor& zone_c, bool return_cells) {
-  ForwardCall forward = c_forward<Cell>(input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes, reverse, true,
-                                        lengths, reset, h_mask, zone_h, grad_clip, zone_c, return_cells);
+  ForwardCall forward = c_forward<Cell, bool>(input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes, reverse,
+                                              true, lengths, reset, h_mask, zone_h, grad_clip, zone_c, return_cells);
+  forward.arguments.op = kNames<Cell>.backward;
   ForwardResult saved;
   saved.output = output;
   saved.saved_gates = dense(saved_gates);
@@ -438,33 +422,33 @@ void define(Library& m, const std::string& name) {
       gradients);
 }
 
-template <template <typename> class Cell, template <template <typename> class> class Path>
-void implement(Library& m, const std::string& name) {
-  using Run = Operator<Cell, Path>;
+template <class Run, class Results, auto forward, auto packed, auto backward, bool packs>
+void implement(Library& m, const std::string& layer) {
   const auto impl = [&](const std::string& op, auto one, auto both) {
     m.impl(op.c_str(), one);
     m.impl(both_of(op).c_str(), both);
   };
-  if constexpr (Cell<float>::kStates == 1) {
-    using Forward = Entry<Run, HResults, &h_forward<Cell>>;
-    using Packed = Entry<Run, HResults, &h_forward_packed<Cell>>;
-    using Backward = Entry<Run, HResults, &h_backward<Cell>>;
-    impl(name + "_layer", TORCH_BOX(&Forward::one), TORCH_BOX(&Forward::both));
-    impl(name + "_layer_backward", TORCH_BOX(&Backward::one), TORCH_BOX(&Backward::both));
-    if constexpr (Path<Cell>::kPacks) {
-      impl("_" + name + "_layer_packed", TORCH_BOX(&Packed::one), TORCH_BOX(&Packed::both));
-      m.impl(("_" + name + "_layer_pack").c_str(), TORCH_BOX(&Run::pack));
-    }
+  using Forward = Entry<Run, Results, forward>;
+  using Backward = Entry<Run, Results, backward>;
+  impl(layer, TORCH_BOX(&Forward::one), TORCH_BOX(&Forward::both));
+  impl(layer + "_backward", TORCH_BOX(&Backward::one), TORCH_BOX(&Backward::both));
+  if constexpr (packs) {
+    using Packed = Entry<Run, Results, packed>;
+    impl("_" + layer + "_packed", TORCH_BOX(&Packed::one), TORCH_BOX(&Packed::both));
+    m.impl(("_" + layer + "_pack").c_str(), TORCH_BOX(&Run::pack));
+  }
+}
+
+template <template <typename> class Cell, template <template <typename> class> class Path>
+void implement(Library& m, const std::string& name) {
+  using Run = Operator<Cell, Path>;
+  constexpr bool packs = Path<Cell>::kPacks;
+  if constexpr (Cell<float>::kStates > 1) {
+    implement<Run, CResults, &c_forward<Cell, bool>, &c_forward<Cell, const Tensor&>, &c_backward<Cell>, packs>(
+        m, name + "_layer");
   } else {
-    using Forward = Entry<Run, CResults, &c_forward<Cell>>;
-    using Packed = Entry<Run, CResults, &c_forward_packed<Cell>>;
-    using Backward = Entry<Run, CResults, &c_backward<Cell>>;
-    impl(name + "_layer", TORCH_BOX(&Forward::one), TORCH_BOX(&Forward::both));
-    impl(name + "_layer_backward", TORCH_BOX(&Backward::one), TORCH_BOX(&Backward::both));
-    if constexpr (Path<Cell>::kPacks) {
-      impl("_" + name + "_layer_packed", TORCH_BOX(&Packed::one), TORCH_BOX(&Packed::both));
-      m.impl(("_" + name + "_layer_pack").c_str(), TORCH_BOX(&Run::pack));
-    }
+    implement<Run, HResults, &h_forward<Cell, bool>, &h_forward<Cell, const Tensor&>, &h_backward<Cell>, packs>(
+        m, name + "_layer");
   }
 }
 

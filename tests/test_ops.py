@@ -386,5 +386,5 @@ def test_backward_looks_at_what_was_saved(saved, message):
     strided = given | {"saved_gates": given["saved_gates"].t().contiguous().t()}
     for got, wanted in zip(torch.ops.fastrnn.lstm_layer_backward(**floats, **strided, **needed), expected, strict=True):
         assert torch.equal(got, wanted)
-    with pytest.raises(RuntimeError, match=f"fastrnn::lstm_layer: expected {message}"):
+    with pytest.raises(RuntimeError, match=f"fastrnn::lstm_layer_backward: expected {message}"):
         torch.ops.fastrnn.lstm_layer_backward(**floats, **(given | saved), **needed)

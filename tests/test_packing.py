@@ -471,9 +471,15 @@ def test_errors_of_the_operators():
     with torch.no_grad():
         packed_layer(*arguments, block)
         for wrong, message in [
-            (block[1:], rf"fastrnn::gru_layer: expected packed of shape \[{len(block)}\], got \[{len(block) - 1}\]"),
-            (block.to(torch.int8), "fastrnn::gru_layer: expected packed of dtype uint8, got int8"),
-            (block.repeat(2)[::2], "fastrnn::gru_layer: expected packed to be contiguous, got a strided tensor"),
+            (
+                block[1:],
+                rf"fastrnn::_gru_layer_packed: expected packed of shape \[{len(block)}\], got \[{len(block) - 1}\]",
+            ),
+            (block.to(torch.int8), "fastrnn::_gru_layer_packed: expected packed of dtype uint8, got int8"),
+            (
+                block.repeat(2)[::2],
+                "fastrnn::_gru_layer_packed: expected packed to be contiguous, got a strided tensor",
+            ),
         ]:
             with pytest.raises(RuntimeError, match=message):
                 packed_layer(*arguments, wrong)
