@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastrnn
-from fastrnn import _C, ops
+from fastrnn import _C, ops, reference
 
 CPU = torch.device("cpu")
 # Few rows and many units, one row, few rows and steps, many rows, packed rows of unequal lengths, a projection. Both
@@ -60,6 +60,20 @@ def test_long_sequences(size, layout, dtype, threads, torch_threads):
 def test_short_sequences(cell, T, layout, dtype, threads, torch_threads):
     torch.set_num_threads(threads)
     check_parity(Case(cell, T, 20, 24, 260, layout=layout, dtype=dtype, bidirectional=T > 1), fastrnn, CPU)
+
+
+def test_a_projection_as_wide_as_the_layer(torch_threads):
+    """The ops take one, unlike torch.nn: all units of a step meet in it, though h has no other width than the cell."""
+    torch.set_num_threads(2)
+    H = 160
+    shapes = [(20, 1, 8), (4 * H, 8), (4 * H, H), (4 * H,), (4 * H,), (1, H), (1, H), (H, H)]
+    arguments = [(0.1 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for shape in shapes]
+    *layer, w_hr = arguments
+    for _ in range(5):
+        ours, truth = (lstm_layer(*layer, w_hr=w_hr) for lstm_layer in (ops.lstm_layer, reference.lstm_layer))
+        torch.testing.assert_close(ours, truth)
+        ours, truth = (torch.autograd.grad(list(results), arguments, list(results)) for results in (ours, truth))
+        torch.testing.assert_close(ours, truth)
 
 
 def problem(case):

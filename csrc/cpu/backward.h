@@ -22,7 +22,7 @@ class Backward {
   Backward(const SequenceBackward<S>& p, int layers, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
-        plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>, kNormalises<Cell>,
+        plan_(plan_cpu({p.steps.T, p.B, 0, p.H, p.P, Cell::kGates, pool.threads, p.w_hr != nullptr, kNormalises<Cell>,
                         layers, kWidens<S>, Pass::backward})),
         team_(plan_.threads, p.B * Cell::kGates * p.H * p.P / plan_.threads) {}
 

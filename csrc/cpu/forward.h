@@ -30,8 +30,8 @@ class Forward {
   Forward(const SequenceForward<S>& p, int layers, const ThreadPool& pool)
       : p_(p),
         pool_(pool),
-        plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads, kResetsBefore<Cell>,
-                        kNormalises<Cell>, layers, kWidens<S>, Pass::forward, p.packed != nullptr})),
+        plan_(plan_cpu({p.steps.T, p.B, p.I, p.H, p.P, Cell::kGates, pool.threads, p.w_hr != nullptr, kNormalises<Cell>,
+                        layers, kWidens<S>, Pass::forward, p.packed != nullptr})),
         panels_(Gates::panels(p.H)),
         packs_own_panels_(plan_.split == Split::units || plan_.threads == 1),
         w_(p),
