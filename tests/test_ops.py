@@ -77,6 +77,7 @@ def test_opcheck(case, device):
     torch.library.opcheck(backward, (*grads, *saved, True, True, True))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.10 does not trace linear() of 3 dimensions in vjp")
 @pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck_of_second_derivatives(cell, needed, device):
