@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/isa.h"
+#include "cpu/team.h"
 #include "layer.h"
 #include "plan.h"
 
@@ -145,11 +146,15 @@ struct CpuPath {
         std::vector<const T*> h;
         list_h(zero, h);
         const Tensor gates = dense(to_dtype(*saved.saved_gates, t));
-        const T* r = in<T>(gates);
-        T* m = out<T>(with_m.saved_m);
-        for (size_t n = 0; n < h.size(); ++n, r += Cell<float>::kSaved * l.H, m += l.H) {
-          for (int64_t j = 0; j < l.H; ++j) m[j] = r[j] * h[n][j];
-        }
+        const T* const first_r = in<T>(gates);
+        T* const first_m = out<T>(with_m.saved_m);
+        in_parallel(threads_for(l), l.real_rows(), [&](int64_t begin, int64_t end) {
+          for (int64_t n = begin; n < end; ++n) {
+            const T *r = first_r + n * Cell<float>::kSaved * l.H, *h_n = h[n];
+            T* m = first_m + n * l.H;
+            for (int64_t j = 0; j < l.H; ++j) m[j] = r[j] * h_n[j];
+          }
+        });
       });
       d[1].weight = cat_rows(*d[1].weight, projection_gradient(l, g, with_m));
     }
@@ -176,6 +181,11 @@ struct CpuPath {
   }
 
  private:
+  // For work on every unit of every row.
+  static const ThreadPool& threads_for(const Layer& l) {
+    return worth_threads(l.N * l.H) ? torch_threads() : kOneThread;
+  }
+
   static Taken taken(ScalarType storage) {
     const Taken taken = storage == ScalarType::Half       ? takes_half()
                         : storage == ScalarType::BFloat16 ? takes_bf16()
@@ -296,12 +306,12 @@ struct CpuPath {
       const T *c = in<T>(saved_c), *gates = in<T>(saved_gates), *d_gates = in<T>(d_x_gates), *c0 = in<T>(first_c);
       const uint8_t* resets = in<uint8_t>(l.reset);
       T* sums = out<T>(d_w);
-      for_each_row(l, [&](int64_t s, int64_t b) {
+      const auto add_row = [&](int64_t s, int64_t b, int64_t unit_begin, int64_t unit_end) {
         const int64_t row = l.steps.row(s, b);
         const bool reset = resets && resets[l.steps.place(s, b)];
         const bool first = b >= l.steps.count(s - 1);
         const T* c_before = first ? c0 + l.steps.state(b) * l.H : c + l.steps.row(s - 1, b) * l.H;
-        for (int64_t j = 0; j < l.H; ++j) {
+        for (int64_t j = unit_begin; j < unit_end; ++j) {
           const Values<T, C::kStates> prev = {T(0), reset ? T(0) : c_before[j]};
           Values<T, C::kSaved> saved;
           for (int k = 0; k < C::kSaved; ++k) saved[k] = gates[(row * C::kSaved + k) * l.H + j];
@@ -311,6 +321,11 @@ struct CpuPath {
             sums[k * l.H + j] += d_gate * (C::parameter_sees_next(k) ? made : prev[1]);
           }
         }
+      };
+      constexpr int64_t kUnits = 16;  // of a cache line
+      in_parallel(threads_for(l), (l.H + kUnits - 1) / kUnits, [&](int64_t begin, int64_t end) {
+        const int64_t unit_begin = begin * kUnits, unit_end = std::min(l.H, end * kUnits);
+        for_each_row(l, [&](int64_t s, int64_t b) { add_row(s, b, unit_begin, unit_end); });
       });
     });
     return d_w;

@@ -383,14 +383,20 @@ class Columns {
   Columns(const S* w, int64_t columns, int64_t K, bool pack, const ThreadPool& pool) : w_(w), columns_(columns), K_(K) {
     const bool all = pack || Multiply<S>::kDepth > 1;  // no row of w holds words of several rows
     first_packed_ = all ? 0 : columns / Panel::kBlock;
-    const int64_t panels = Panel::panels(columns) - first_packed_;
-    packed_ = Buffer<WordOf<S>>(panels * words_of<S>(K) * Panel::kColumns);
-    in_parallel(all ? pool : kOneThread, panels, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t j0 = (first_packed_ + panel) * Panel::kBlock;
-        pack_columns<S>(
-            K, std::min<int64_t>(Panel::kBlock, columns - j0), [&](int64_t k) { return w + k * columns + j0; },
-            packed_.get() + panel * words_of<S>(K) * Panel::kColumns);
+    const int64_t first_column = first_packed_ * Panel::kBlock, to_pack = columns - first_column;
+    packed_ = Buffer<WordOf<S>>(Panel::panels(to_pack) * words_of<S>(K) * Panel::kColumns);
+    constexpr int64_t kRowBlock = 64;  // whole words
+    const ThreadPool& packers = all ? pool : kOneThread;
+    const ProductShares shares(K, kRowBlock, to_pack, Panel::kBlock, packers.threads);
+    in_parallel(packers, shares.count(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const ProductShares::Share share = shares[i];
+        const int64_t k0 = share.row_begin;
+        for_each_panel<Panel>({first_column + share.column_begin, first_column + share.column_end}, [&](Units units) {
+          const auto row = [&](int64_t k) { return w + (k0 + k) * columns + units.begin; };
+          pack_columns<S>(share.row_end - k0, units.end - units.begin, row,
+                          packed(units) + words_of<S>(k0) * Panel::kColumns);
+        });
       }
     });
   }
@@ -400,17 +406,20 @@ class Columns {
     using R = Operand<S>;
     const R* rows[kMaxTileRows];
     for (int r = 0; r < count; ++r) rows[r] = from + (first_row + r) * K_;
-    const int64_t panel = units.begin / Panel::kBlock, width = units.end - units.begin;
-    if (panel >= first_packed_) {
-      const WordOf<S>* packed = packed_.get() + (panel - first_packed_) * words_of<S>(K_) * Panel::kColumns;
-      product_of_units<R, Panel>(width, count, K_, rows, packed + units.begin % Panel::kBlock, Panel::kColumns, nullptr,
-                                 out);
+    const int64_t width = units.end - units.begin;
+    if (units.begin >= first_packed_ * Panel::kBlock) {
+      product_of_units<R, Panel>(width, count, K_, rows, packed(units), Panel::kColumns, nullptr, out);
     } else if constexpr (Multiply<S>::kDepth == 1) {
       product_of_units<R, Panel>(width, count, K_, rows, w_ + units.begin, columns_, nullptr, out);
     }
   }
 
  private:
+  WordOf<S>* packed(Units units) const {  // from their first on
+    const int64_t panel = units.begin / Panel::kBlock - first_packed_;
+    return packed_.get() + panel * words_of<S>(K_) * Panel::kColumns + units.begin % Panel::kBlock;
+  }
+
   const S* w_ = nullptr;
   int64_t columns_ = 0, K_ = 0, first_packed_ = 0;
   Buffer<WordOf<S>> packed_;  // [panels from first_packed on, words of K, kBlock]
