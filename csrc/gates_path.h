@@ -273,12 +273,13 @@ struct GatesPath {
       g.d_w_rows = empty(l.input, {kNormalises<C> ? l.B : l.N, C::kParameters * l.H}, acc);
       if (kNormalises<C>) set_zero(*g.d_w_rows);
     }
-    const Backward b{l, saved, g, by_rows(d.output), by_rows(d.cells), flat(saved.output, l.N),
-                     // Where nothing ends within a step, the rows before are those of the step before.
-                     l.lengths || kTwoProducts ? MaybeTensor(h_before(l, saved, device)) : std::nullopt,
-                     l.c0 ? MaybeTensor(to_dtype(*l.c0, acc)) : std::nullopt, empty(l.input, {l.B, l.P}, t),
-                     // The kernel's carry with a projection, which has another width.
-                     l.w_hr ? MaybeTensor(empty(l.input, {l.B, l.H}, acc)) : std::nullopt, make_scratch(l), device};
+    const Backward b{
+        l, saved, g, by_rows(d.output), by_rows(d.cells), flat(saved.output, l.N),
+        // Else the rows before are those of the step before.
+        (l.lengths && l.steps.reverse) || kTwoProducts ? MaybeTensor(h_before(l, saved, device)) : std::nullopt,
+        l.c0 ? MaybeTensor(to_dtype(*l.c0, acc)) : std::nullopt, empty(l.input, {l.B, l.P}, t),
+        // The kernel's carry with a projection, which has another width.
+        l.w_hr ? MaybeTensor(empty(l.input, {l.B, l.H}, acc)) : std::nullopt, make_scratch(l), device};
     for (int64_t s = l.T - 1; s >= 0; --s) b.step(s, s > 0 || need_states);
     return g;
   }
@@ -313,13 +314,7 @@ struct GatesPath {
   static WeightAndBias recurrent_weight_gradient(const Layer& l, const GateGradients& g, const ForwardResult& saved,
                                                  bool bias) {
     const OnDevice device(l.input);
-    Tensor h = saved.h_in ? *saved.h_in : h_before(l, saved, device);
-    if (l.reset && !saved.h_in) {
-      for (int64_t s = 0; s < l.T; ++s) {
-        const Tensor step_rows = rows(h, l.row_begin[l.steps.time(s)], l.steps.count(s));
-        make_product_input(l, s, step_rows, step_rows, device);
-      }
-    }
+    const Tensor h = saved.h_in ? *saved.h_in : h_before(l, saved, device);
     Tensor d_w_hh = mm(transposed(g.d_h_gates), h);
     if constexpr (kTwoProducts) {
       const Tensor m = empty(h, {l.N, l.H}, l.storage);
@@ -340,20 +335,17 @@ struct GatesPath {
     return sum_rows(*g.d_w_rows);
   }
 
-  // h before each row's step, [N, P]. In reverse a row begins at its end, with h0.
+  // h before each row's step, [N, P]; zero where the row is dead or reset.
   static Tensor h_before(const Layer& l, const ForwardResult& saved, const OnDevice& device) {
-    const Tensor h = l.h_before(saved.output);
-    if (!l.lengths || !l.steps.reverse) return h;
-    const Tensor output = flat(saved.output, l.N);
-    for (int64_t t = 0; t + 1 < l.T; ++t) {
-      const Tensor step_rows = rows(h, t * l.B, l.B);
-      copy_to(step_rows, l.h0);
-      dispatch_storage(l.storage, [&](auto types) {
-        using T = typename decltype(types)::storage;
-        const KeepLiving<T> update{at<T>(output, (t + 1) * l.B), in<int64_t>(l.lengths), t + 1, out<T>(step_rows)};
-        check_launch(launch_update_h(l.B, l.P, update, device.stream()));
-      });
-    }
+    const Tensor output = dense(saved.output), h = empty(output, {l.N, l.P}, l.storage);
+    const HBefore p{l.steps,
+                    l.P * static_cast<int64_t>(h.element_size()),
+                    in<int64_t>(l.lengths),
+                    in<uint8_t>(l.reset),
+                    in<void>(l.h0),
+                    in<void>(output),
+                    out<void>(h)};
+    check_launch(launch_h_before(p, device.stream()));
     return h;
   }
 

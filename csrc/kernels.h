@@ -360,6 +360,17 @@ struct RealRows {
   scalar_t* to;
 };
 
+// h before the step of each row of a sequence: zero where the row is dead or reset. Values are copied, of any type.
+struct HBefore {
+  Steps steps;             // without an order
+  int64_t row_bytes;       // P * sizeof(scalar_t)
+  const int64_t* lengths;  // [B] or null; in reverse a row begins at its end
+  const uint8_t* reset;    // [N] or null
+  const void* h0;          // [B, P]
+  const void* output;      // [N, P]
+  void* to;                // [N, P]
+};
+
 // Of a cell that resets before, between its two products. Rows of H values; what is null as above.
 
 // r and z from the first product, and m = r h, which the second one reads.
@@ -438,6 +449,7 @@ CudaStatus launch_norm_backward(const GatesBackward<scalar_t, acc_t>&, CudaStrea
 // Instantiated for the updates of h, and for the steps of a cell that resets before.
 template <class Update>
 CudaStatus launch_update_h(int64_t rows, int64_t width, const Update&, CudaStream);
+CudaStatus launch_h_before(const HBefore&, CudaStream);
 const char* cuda_status_string(CudaStatus);
 #endif
 

@@ -117,28 +117,6 @@ struct Layer {
             grad_clip};
   }
 
-  // h before each row's step, [N, P].
-  Tensor h_before(const Tensor& output) const {
-    const Tensor h = empty(output, {N, P}, output.scalar_type());
-    const Tensor flat_output = flat(output, N);
-    if (N == T * B) {
-      const int64_t first = T > 0 ? steps.time(0) * B : 0;
-      const int64_t shifted = N - (T > 0 ? B : 0);
-      if (T > 0) copy_to(rows(h, first, B), h0);
-      if (shifted > 0) {
-        copy_to(rows(h, steps.reverse ? 0 : B, shifted), rows(flat_output, steps.reverse ? B : 0, shifted));
-      }
-      return h;
-    }
-    for (int64_t s = 0; s < T; ++s) {
-      const int64_t to = row_begin[steps.time(s)], count = steps.count(s),
-                    going_on = std::min(steps.count(s - 1), count);
-      if (going_on > 0) copy_to(rows(h, to, going_on), rows(flat_output, row_begin[steps.time(s - 1)], going_on));
-      if (count > going_on) copy_to(rows(h, to + going_on, count - going_on), rows(h0, going_on, count - going_on));
-    }
-    return h;
-  }
-
  private:
   std::vector<int64_t> order;
 

@@ -207,6 +207,20 @@ def test_what_lies_past_the_end_reaches_nothing(cell, reverse, device):
         assert torch.equal(tensor, clean[name]), name
 
 
+@pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_states_of_an_empty_sequence_reach_nothing(cell, reverse, device):
+    """Of a row of length 0 the initial states are the last ones, and no weight meets them: they may be NaN."""
+    lengths, arguments = controls(("lengths",), H)["lengths"], draw(cell)
+    clean = run(ops, cell, arguments, device, lengths=lengths, reverse=reverse)
+    for name in ("h0", "c0"):
+        if name in arguments:
+            arguments[name][..., lengths == 0, :] = float("nan")
+    for name, tensor in run(ops, cell, arguments, device, lengths=lengths, reverse=reverse).items():
+        if name.startswith("grad of ") and tensor is not None:
+            assert torch.equal(tensor, clean[name]), name
+
+
 @pytest.mark.parametrize(
     "cell, names",
     [(cell, names) for cell, names in cases() if "lengths" not in names],

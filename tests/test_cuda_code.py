@@ -184,7 +184,7 @@ def test_wrappers_become_their_instructions(arch, tmp_path):
 
 @extended
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ["gates", "persistent"])
+@pytest.mark.parametrize("name", ["gates", "h_before", "persistent"])
 def test_kernels_compile_without_spills(arch, name, tmp_path):
     """For each architecture, whichever the library was built for, and without cuobjdump."""
     said = compile_for(arch, ROOT / f"csrc/cuda/{name}_cuda.cu", tmp_path / "kernels.cubin", check="-v")

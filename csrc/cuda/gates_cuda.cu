@@ -18,35 +18,17 @@
 //
 // States that a cell does not read cost nothing: the compiler drops their loads. h_prev and h_next are null where their
 // width is not H, with a projection, which only cells that do not read them have.
-#include <algorithm>
-
-#include "../kernels.h"
 #include "gates.cuh"
 
 namespace fastrnn {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int64_t kMaxGridY = 65535;
+constexpr int kThreads = RowTiling::kThreads;
 
 // Cells of more than two states own half as many units: their values would take too many registers.
 template <template <typename> class Cell, typename acc_t>
 constexpr int kUnits = 16 / sizeof(acc_t) / (Cell<acc_t>::kStates > 2 ? 2 : 1);
 static_assert(kUnits<LstmCell, float> * sizeof(__half) == 8 && kUnits<LstmCell, double> * sizeof(double) == 16);
-
-// kThreads threads as units across, rows down.
-struct Tiling {
-  dim3 grid, block;
-
-  Tiling(int64_t rows, int64_t vectors) {
-    unsigned across = 1;
-    while (across < vectors && across < kThreads) across *= 2;
-    const unsigned down = kThreads / across;
-    block = dim3(across, down);
-    grid = dim3(static_cast<unsigned>((vectors + across - 1) / across),
-                static_cast<unsigned>(std::min((rows + down - 1) / down, kMaxGridY)));
-  }
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels
@@ -406,7 +388,7 @@ CudaStatus launch_gates_forward(const GatesForward<scalar_t, acc_t>& p, CudaStre
   const bool vectors = !controlled && p.H % N == 0 &&
                        aligned_for<N>(p.x_gates, p.h_gates, p.b_hh, p.w_cell, p.h_prev, p.c, p.h_next, p.h_state,
                                       p.saved_gates, p.saved_c);
-  const Tiling tiling(p.B, vectors ? p.H / N : p.H);
+  const RowTiling tiling(p.B, vectors ? p.H / N : p.H);
   return launch(controlled ? gates_forward_kernel<Cell, scalar_t, acc_t, 1, true>
                 : vectors  ? gates_forward_kernel<Cell, scalar_t, acc_t, N, false>
                            : gates_forward_kernel<Cell, scalar_t, acc_t, 1, false>,
@@ -421,7 +403,7 @@ CudaStatus launch_gates_backward(const GatesBackward<scalar_t, acc_t>& p, CudaSt
   const bool vectors = !controlled && p.H % N == 0 &&
                        aligned_for<N>(p.w_cell, p.saved_gates, p.h_prev, p.h_next, p.c_prev, p.c_next, p.d_output,
                                       p.d_h_product, p.d_h, p.d_c, p.d_x_gates, p.d_h_gates, p.d_w_rows);
-  const Tiling tiling(p.B, vectors ? p.H / N : p.H);
+  const RowTiling tiling(p.B, vectors ? p.H / N : p.H);
   return launch(controlled ? gates_backward_kernel<Cell, scalar_t, acc_t, 1, true>
                 : vectors  ? gates_backward_kernel<Cell, scalar_t, acc_t, N, false>
                            : gates_backward_kernel<Cell, scalar_t, acc_t, 1, false>,

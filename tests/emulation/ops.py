@@ -38,8 +38,8 @@ def cases():
         yield LayerCase("lstm", *SIZES["vectors"], packed=packed, reverse=reverse, proj_size=6)
 
 
-def drawn(case, device):
-    return {name: tensor if tensor is None else tensor.to(device) for name, tensor in case.draw().items()}
+def drawn(case, device, **options):
+    return {name: tensor if tensor is None else tensor.to(device) for name, tensor in case.draw(**options).items()}
 
 
 @pytest.mark.parametrize("case", dict.fromkeys(cases()), ids=str)
@@ -97,3 +97,58 @@ def test_initial_states_without_gradient(cell, proj_size, device):
 def test_second_order(cell, device):
     case = LayerCase(cell, 3, 2, 2, 5, torch.float64, packed=True, reverse=True)
     check_second_order(case, ops, reference, device)
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed", "lengths"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_more_steps_than_a_launch_takes(layout, reverse, device):
+    """Sequences that begin and end where one launch for h before each row follows another, at 480 steps."""
+    T, B, H = 500, 6, 3
+    lengths = torch.tensor([T, 482, 481, 480, 479, 1])
+    sizes = (torch.arange(T).unsqueeze(1) < lengths).sum(1)
+    options = {"packed": {"batch_sizes": sizes}, "lengths": {"lengths": lengths.to(device)}}.get(layout, {})
+    generator = torch.Generator().manual_seed(0)
+    rows = (int(sizes.sum()),) if layout == "packed" else (T, B)
+    x_gates = torch.randn(*rows, H, generator=generator, dtype=torch.float64)
+    h0, weight = (torch.randn(size, H, generator=generator, dtype=torch.float64) for size in (B, H))
+    found = []
+    for namespace, where in ((ops, device), (reference, torch.device("cpu"))):
+        leaves = [tensor.to(where, copy=True).requires_grad_() for tensor in (x_gates, weight, h0)]
+        moved = {name: t.to(where) if name == "lengths" else t for name, t in options.items()}
+        output, _ = namespace.rnn_layer(
+            leaves[0], None, leaves[1], None, None, leaves[2], nonlinearity="tanh", reverse=reverse, **moved
+        )
+        found.append(torch.autograd.grad(output.square().sum(), leaves))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("H", [1, 2, 3, 4, 8, 1030])
+def test_rows_of_every_width(H, dtype, device):
+    """h before each row moves in pieces of 16, 4 or 2 bytes: d W_hh is the sum of these rows, to the last bit."""
+    case = LayerCase("rnn_relu", 3, 2, 1, H, dtype, packed=True, reverse=True, x_gates=True, bias=False)
+    arguments = drawn(case, device, value=lambda shape, generator, dtype: torch.ones(shape, dtype=dtype))
+    arguments["w_hh"].zero_()
+    arguments["h0"].copy_(torch.arange(2 * H).reshape(2, H) % 7)
+
+    def ones(shape, *, generator, dtype):
+        return torch.ones(shape, dtype=dtype)
+
+    expected = case.run(reference, {name: t if t is None else t.cpu() for name, t in arguments.items()}, grad=ones)
+    got = case.run(ops, arguments, grad=ones)
+    assert torch.equal(got[1]["w_hh"].cpu(), expected[1]["w_hh"])
+
+
+def test_backward_copies_nothing_step_by_step(device):
+    """Rows of the states before all steps are gathered at once: twice as many steps are as many copies."""
+
+    def copies(T: int) -> int:
+        case = LayerCase("lstm", T, packed=True)
+        leaves = {name: t if t is None else t.requires_grad_() for name, t in drawn(case, device).items()}
+        loss = case.call(ops, leaves)["output"].sum()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            torch.autograd.grad(loss, [leaf for leaf in leaves.values() if leaf is not None])
+        return sum(event.name == "aten::copy_" for event in profile.events())
+
+    assert copies(6) == copies(12)
