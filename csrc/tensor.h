@@ -58,10 +58,11 @@ inline int32_t dtype_number(const Tensor& t) {
 }
 inline int32_t dtype_number(ScalarType t) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(t)); }
 
+constexpr size_t kMostDims = 4;  // of what this library makes; arrays on the stack cost nothing
+
 // An uninitialised contiguous tensor on the device of `like`.
 template <typename Sizes = std::initializer_list<int64_t>>
 Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  constexpr size_t kMostDims = 4;  // of what this library makes; arrays on the stack cost nothing
   int64_t size[kMostDims], stride[kMostDims], count = 1;
   std::copy(sizes.begin(), sizes.end(), size);
   for (size_t i = sizes.size(); i-- > 0;) {
@@ -92,9 +93,18 @@ inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
              ? t
              : call("aten::to", "dtype", t, dtype, false, false, std::optional<torch::headeronly::MemoryFormat>());
 }
+// Rows [begin, begin + count). Loops over time take several at each step: narrow would dispatch three operators.
 inline Tensor rows(const Tensor& t, int64_t begin, int64_t count) {
-  auto view = t;
-  return torch::stable::narrow(view, 0, begin, count);
+  if (begin == 0 && count == t.size(0)) return t;
+  int64_t *sizes = nullptr, *strides = nullptr, size[kMostDims];
+  check_torch(aoti_torch_get_sizes(t.get(), &sizes));
+  check_torch(aoti_torch_get_strides(t.get(), &strides));
+  std::copy_n(sizes, t.dim(), size);
+  size[0] = count;
+  AtenTensorHandle handle = nullptr;
+  check_torch(aoti_torch__reinterpret_tensor(t.get(), t.dim(), size, strides, t.storage_offset() + begin * strides[0],
+                                             &handle));
+  return Tensor(handle);
 }
 inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 // [.., K] as [rows, K].

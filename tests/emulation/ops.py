@@ -6,6 +6,7 @@ Small shapes, each for a reason: what matters here is which thread computes what
 """
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -140,15 +141,23 @@ def test_rows_of_every_width(H, dtype, device):
     assert torch.equal(got[1]["w_hh"].cpu(), expected[1]["w_hh"])
 
 
-def test_backward_copies_nothing_step_by_step(device):
-    """Rows of the states before all steps are gathered at once: twice as many steps are as many copies."""
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_a_step_dispatches_its_product_alone(packed, device):
+    """No view, copy or allocation: what six more steps dispatch are six products, forward and backward."""
 
-    def copies(T: int) -> int:
-        case = LayerCase("lstm", T, packed=True)
-        leaves = {name: t if t is None else t.requires_grad_() for name, t in drawn(case, device).items()}
-        loss = case.call(ops, leaves)["output"].sum()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    def dispatched(T: int) -> list[Counter[str]]:
+        leaves = drawn(LayerCase("lstm", T, packed=packed), device)
+        leaves = {name: t if t is None else t.requires_grad_() for name, t in leaves.items()}
+        counts = []
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as forward:
+            loss = LayerCase("lstm", T, packed=packed).call(ops, leaves)["output"].sum()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as backward:
             torch.autograd.grad(loss, [leaf for leaf in leaves.values() if leaf is not None])
-        return sum(event.name == "aten::copy_" for event in profile.events())
+        for profile in (forward, backward):
+            counts.append(Counter(event.name for event in profile.events() if event.name.startswith("aten::")))
+        return counts
 
-    assert copies(6) == copies(12)
+    for short, long in zip(dispatched(6), dispatched(12), strict=True):
+        # The CPU's own product, where the kernels are emulated, looks at its operands.
+        more = {name: n for name, n in (long - short).items() if "resolve" not in name}
+        assert more == {"aten::mm": 6}, more
