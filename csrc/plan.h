@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "cells/math.h"
 
@@ -205,6 +206,7 @@ struct CudaDevice {
   // Of 2, 4, 8 and 16 blocks that have a multiprocessor each: how many run at once. A cluster lies within one of the
   // parts that a device is made of, so multiprocessors are left over, and devices differ in how large their parts are.
   std::array<int, 4> clusters;
+  bool measured = false;  // whether persistent kernels have been timed on devices of this class
 
   int teams_at_once(int grade, int blocks) const {
     if (grade != 2) return multiprocessors / blocks;
@@ -293,7 +295,7 @@ struct PersistentTiling {
 
 struct CudaPlan {
   CudaPath path;
-  const char* reason;
+  std::string reason;
   // of the path "persistent"
   PersistentTiling tiling = {};
   Arithmetic arithmetic = {};
@@ -383,18 +385,27 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   return t;
 }
 
-// Clock cycles of a step, estimated. PROVISIONAL: throughputs are those of an H100's data sheet, latencies are
-// published measurements of others; they rank tilings until this project has measured its own.
-inline int64_t estimated_cycles(const PersistentTiling& t, const CudaProblem& p, const CudaDevice& device) {
+// Clock cycles, estimated. PROVISIONAL: throughputs are those of an H100's data sheet, latencies are published
+// measurements of others; they rank tilings and paths until this project has measured its own.
+inline constexpr int kLaunchCycles = 8000;                    // of a kernel by the host, its operators included
+inline constexpr int kL2Bytes = 3200, kL2BytesPerBlock = 64;  // a cycle, of the device and of a block
+inline constexpr int kMemoryBytes = 1900;                     // a cycle
+inline constexpr int kWarpsPerScheduler = PersistentTiling::kWarps / 4;
+
+// To bring so many bytes through L2 to each block.
+inline int64_t l2_cycles(const PersistentTiling& t, const CudaDevice& device, int64_t bytes) {
+  const int64_t at_once = std::min<int64_t>(int64_t{t.all_teams()} * t.blocks, device.multiprocessors);
+  return std::max(bytes / kL2BytesPerBlock, bytes * at_once / kL2Bytes);
+}
+
+inline int64_t step_cycles(const PersistentTiling& t, const CudaProblem& p, const CudaDevice& device) {
   using Tiling = PersistentTiling;
-  constexpr int kWarpsPerScheduler = Tiling::kWarps / 4;
   constexpr int kSharedBytes = 128, kSharedLatency = 30, kBarrier = 40;  // a cycle; cycles
   // Instructions of a thread, counted in the machine code for sm_90a: for a value, and for each of its gates; to ask
   // for a packet of grade 3, look at it and put it down. A scheduler starts one of one of its warps a cycle.
   constexpr int kValue = 120, kGate = 110, kPacket = 75;
-  constexpr int kClusterExchange = 400;                  // stores to another block, and a barrier
-  constexpr int kGlobalExchange = 1000;                  // a store and on average 1.5 loads through L2
-  constexpr int kL2Bytes = 3200, kL2BytesPerBlock = 64;  // a cycle, of the device and of a block
+  constexpr int kClusterExchange = 400;  // stores to another block, and a barrier
+  constexpr int kGlobalExchange = 1000;  // a store and on average 1.5 loads through L2
   constexpr int kL2Latency = 600;
   const int column_tiles = t.columns() / 8, tiles_per_warp = std::min(weight_tiles_per_warp(p.pass), t.weight_tiles);
   const bool plain = p.arithmetic == Arithmetic::fp32;
@@ -403,11 +414,7 @@ inline int64_t estimated_cycles(const PersistentTiling& t, const CudaProblem& p,
   const int64_t product = products * (plain ? 64 : 16);  // of 16 rows, 8 columns and a group, on one scheduler
   const int64_t reads = int64_t{t.groups_per_warp} * column_tiles * (plain ? 8 * 128 : 512) +
                         (int64_t{t.groups_in_shared} + 2 * t.groups_streamed()) * tiles_per_warp * 1024;
-  const int64_t at_once = std::min<int64_t>(int64_t{t.all_teams()} * t.blocks, device.multiprocessors);
-  const auto through_l2 = [&](int64_t bytes) {  // of each block
-    return std::max(bytes / kL2BytesPerBlock, bytes * at_once / kL2Bytes);
-  };
-  const int64_t streamed = through_l2(int64_t{t.warps_k} * t.packets_of(t.groups_streamed()) * 16);
+  const int64_t streamed = l2_cycles(t, device, int64_t{t.warps_k} * t.packets_of(t.groups_streamed()) * 16);
   const int64_t operands = std::max({product, reads * Tiling::kWarps / kSharedBytes, streamed});
   const int64_t sums = int64_t{t.sums()} * 4 * 2 / kSharedBytes + 2 * kSharedLatency + kBarrier;
   const int64_t cells = divide(t.items(), Tiling::kThreads) * kWarpsPerScheduler * (kValue + kGate * p.gates);
@@ -418,8 +425,33 @@ inline int64_t estimated_cycles(const PersistentTiling& t, const CudaProblem& p,
                         divide(t.groups_per_warp, t.window);
   const int64_t packets = divide(int64_t{t.groups_per_warp} * t.columns() * 4, int64_t{t.warps_m} * 32);  // of a thread
   const int64_t fetch =
-      std::max({through_l2(fetched), (turns - 1) * kL2Latency, packets * kWarpsPerScheduler * kPacket});
+      std::max({l2_cycles(t, device, fetched), (turns - 1) * kL2Latency, packets * kWarpsPerScheduler * kPacket});
   return std::max(t.batch_tiles() * (work + fetch), work + fetch + kGlobalExchange);  // tiles hide each other's latency
+}
+
+// Of a pass: the launches, bringing the weight onto the chip, and the steps.
+inline int64_t pass_cycles(const PersistentTiling& t, const CudaProblem& p, const CudaDevice& device) {
+  constexpr int kValue = 10;                  // instructions of a thread for a value of the weight
+  const int launches = t.grade == 3 ? 2 : 1;  // the first makes what is exchanged zero
+  const int64_t packets = int64_t{t.groups_per_warp} * std::min(weight_tiles_per_warp(p.pass), t.weight_tiles) * 2;
+  const int64_t weight = p.layers * p.gates * p.H * p.H * storage_bytes(p.arithmetic);
+  const int64_t start = std::max({packets * t.slots * kValue * kWarpsPerScheduler, weight / kMemoryBytes,
+                                  l2_cycles(t, device, int64_t{t.warps_k} * t.packets_of(t.groups_per_warp) * 16)});
+  const int64_t rounds = p.T + (p.pass == Pass::backward);
+  return launches * kLaunchCycles + start + rounds * step_cycles(t, p, device);
+}
+
+// Of a pass on the path "gates": at each step the host launches a product and a kernel, while the device is at those
+// before; a device that is slower waits for memory, or for the product's multiply-adds.
+inline int64_t gates_cycles(const CudaProblem& p, const CudaDevice& device) {
+  constexpr int kKernel = 4000;  // of the device, from one kernel to the next
+  // Multiply-adds of a multiprocessor in a cycle.
+  const int rate = p.arithmetic == Arithmetic::fp32 ? 128 : p.arithmetic == Arithmetic::tf32 ? 512 : 1024;
+  const int64_t weights = p.gates * p.H * p.H, weight_bytes = weights * storage_bytes(p.arithmetic);
+  const int64_t values = p.B * p.H * (2 * p.gates + 4 * p.states) * storage_bytes(p.arithmetic);
+  const int64_t product = std::max(p.B * weights / (int64_t{rate} * device.multiprocessors),
+                                   weight_bytes / (weight_bytes < device.l2_bytes ? kL2Bytes : kMemoryBytes));
+  return p.layers * p.T * std::max<int64_t>(2 * kLaunchCycles, product + values / kL2Bytes + 2 * kKernel);
 }
 
 // The tiling with the fewest cycles.
@@ -429,7 +461,7 @@ inline std::optional<PersistentTiling> persistent_tiling(const CudaProblem& p, c
   const auto consider = [&](int grade, int blocks, int teams) {
     if ((force.grade != 0 && force.grade != grade) || (force.blocks != 0 && force.blocks != blocks)) return;
     const auto t = persistent_tiling(p, device, force, grade, blocks, teams);
-    if (t && (!best || estimated_cycles(*t, p, device) < estimated_cycles(*best, p, device))) best = t;
+    if (t && (!best || pass_cycles(*t, p, device) < pass_cycles(*best, p, device))) best = t;
   };
   consider(1, 1, 0);
   for (int blocks = 2; blocks <= PersistentTiling::kMaxCluster; blocks *= 2) consider(2, blocks, 0);
@@ -453,7 +485,7 @@ inline const char* reason_for_gates(const CudaProblem& p, const CudaDevice& devi
   if (p.projection) return "a projection has no persistent kernel";
   if (device.capability < 80) return "persistent kernels need sm_80 or later";
   if (p.T == 0 || p.B == 0) return "there is nothing to compute";
-  if (!force.path) return "no persistent kernel has been measured on a device of this class yet";
+  if (!force.path && !device.measured) return "no persistent kernel has been measured on a device of this class yet";
   return nullptr;
 }
 
@@ -465,12 +497,20 @@ inline CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const 
     CudaProblem alone = p;
     alone.layers = 1;
     const auto t = persistent_tiling(alone, device, force);
-    if (t && p.layers * estimated_cycles(*t, alone, device) < estimated_cycles(*tiling, p, device)) {
+    if (t && p.layers * pass_cycles(*t, alone, device) < pass_cycles(*tiling, p, device)) {
       return {CudaPath::gates, "one direction after the other is faster"};
     }
   }
-  const char* reason =
-      tiling->groups_streamed() > 0 ? "forced; a part of the recurrent weight is read from L2 at each step" : "forced";
+  std::string reason = force.path ? "forced" : "it is estimated to be the faster path";
+  if (gates_cycles(p, device) <= pass_cycles(*tiling, p, device)) {
+    const bool slow = gates_cycles(p, device) <= p.T * step_cycles(*tiling, p, device);
+    const char* why = slow ? "its steps are estimated to be faster"
+                           : "the sequence is too short to pay for bringing the recurrent weight onto the chip";
+    if (!force.path) return {CudaPath::gates, why};
+    reason += slow ? "; steps of path gates are estimated to be faster"
+                   : "; path gates is estimated to be faster for a sequence this short";
+  }
+  if (tiling->groups_streamed() > 0) reason += "; a part of the recurrent weight is read from L2 at each step";
   return {CudaPath::persistent, reason, *tiling, p.arithmetic};
 }
 

@@ -110,16 +110,17 @@ PYBIND11_MODULE(_C, module) {
       [](int64_t T, int64_t B, int64_t H, int gates, int states, bool projection, const std::string& arithmetic,
          bool backward, int capability, int multiprocessors, int shared_per_block, int l2_bytes,
          const std::array<int, 4>& clusters, const std::string& path, int grade, int blocks, int teams,
-         int groups_in_shared, int layers) {
+         int groups_in_shared, int layers, bool measured) {
         fastrnn::CudaForce force{std::nullopt, grade, blocks, teams, groups_in_shared};
         if (!path.empty()) force.path = path_named(path);
         return fastrnn::plan_cuda({T, B, H, gates, states, projection, arithmetic_named(arithmetic),
                                    backward ? fastrnn::Pass::backward : fastrnn::Pass::forward, layers},
-                                  {capability, multiprocessors, shared_per_block, l2_bytes, clusters}, force);
+                                  {capability, multiprocessors, shared_per_block, l2_bytes, clusters, measured}, force);
       },
       py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"), py::arg("states"),
       py::arg("projection") = false, py::arg("arithmetic"), py::arg("backward") = false, py::arg("capability") = 90,
       py::arg("multiprocessors") = 132, py::arg("shared_per_block") = 232448, py::arg("l2_bytes") = 50 << 20,
       py::arg("clusters") = std::array<int, 4>{66, 32, 16, 8}, py::arg("path") = "", py::arg("grade") = 0,
-      py::arg("blocks") = 0, py::arg("teams") = 0, py::arg("groups_in_shared") = -1, py::arg("layers") = 1);
+      py::arg("blocks") = 0, py::arg("teams") = 0, py::arg("groups_in_shared") = -1, py::arg("layers") = 1,
+      py::arg("measured") = false);
 }

@@ -141,9 +141,11 @@ def plan_cuda(
     teams: int = 0,
     groups_in_shared: int = -1,
     layers: int = 1,
+    measured: bool = False,
 ) -> CudaPlan:
     """The plan for one pass of a layer, or of both directions of it at once, on a device with the limits of an H100.
 
     What is given of `path`, `grade`, `blocks`, `teams` and `groups_in_shared` is forced; a forced path that cannot
-    serve comes back as "gates" with the reason. `clusters`: of 2, 4, 8 and 16 blocks that run at once.
+    serve comes back as "gates" with the reason. `clusters`: of 2, 4, 8 and 16 blocks that run at once. `measured`:
+    whether devices of this class have been timed, without which nothing but a forced path is "persistent".
     """

@@ -83,6 +83,34 @@ def test_layers_beyond_the_chip_are_served(H, arithmetic, cell, backward):
         assert planned.streamed_bytes > 0 or (cell, backward) != ("lstm", True)
 
 
+PATHS = [  # of an LSTM in fp16 on an H100, once that has been measured
+    ({"H": 256, "T": 1, "B": 256, "backward": True}, "gates", "too short"),
+    ({"H": 256, "T": 2, "B": 256, "backward": True}, "persistent", "estimated to be the faster path"),
+    ({"H": 1024, "T": 1}, "gates", "too short"),
+    ({"H": 1024, "T": 100}, "persistent", "estimated to be the faster path"),
+    ({"H": 2048, "T": 100}, "persistent", "read from L2"),
+    ({"H": 2048, "T": 100, "B": 64}, "gates", "steps are estimated to be faster"),
+    ({"H": 1024, "T": 100, "B": 256}, "gates", "steps are estimated to be faster"),
+]
+
+
+@pytest.mark.parametrize(("problem", "path", "reason"), PATHS)
+def test_the_faster_path_is_the_default_once_measured(problem, path, reason):
+    planned = plan(**problem, path="", measured=True)
+    assert planned.path == path and reason in planned.reason, planned.reason
+    forced = plan(**problem)
+    assert forced.path == "persistent" and forced.reason.startswith("forced")
+    assert ("path gates" in forced.reason) == (path == "gates"), forced.reason
+    assert plan(**problem, path="").path == "gates"
+
+
+def test_longer_sequences_never_go_back_to_gates():
+    """What a launch costs once is paid back by steps: from some length on, and from there for all."""
+    for H, B, backward in itertools.product((64, 256, 1024, 2048), (1, 16, 64, 256), (False, True)):
+        paths = [plan(H=H, B=B, T=T, backward=backward, path="", measured=True).path for T in (1, 2, 4, 8, 100, 10**6)]
+        assert paths == sorted(paths), (H, B, backward, paths)
+
+
 def test_two_layers_share_the_device_where_that_is_faster():
     """Side by side where one of them would leave most of the device idle, in turn where each takes all of it."""
     assert plan(H=256, layers=2).path == "persistent"
@@ -307,9 +335,7 @@ FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
 }
 VARIANTS = {RACE: "thread", BEYOND: "address"}
 # Changes that other tests need.
-MEASURED = Planted(
-    "plan.h", 'if (!force.path) return "no persistent kernel has been measured on a device of this class yet";', ""
-)
+MEASURED = Planted("plan.h", "bool measured = false;", "bool measured = true;")
 FEW_POLLS = Planted(EXCHANGE, "kMostPolls = 1u << 23", "kMostPolls = 64")
 TOO_MANY_THREADS = Planted("cuda/persistent.cuh", "p.tiling.blocks)), dim3(kThreads)", "p.tiling.blocks)), dim3(2048)")
 SILENT = Planted(EXCHANGE, "if (slot == 0) st_relaxed_gpu(", "if (slot == 0 && place.rank != 1) st_relaxed_gpu(")
