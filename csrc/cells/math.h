@@ -90,11 +90,18 @@ FASTRNN_HD T broadcast(typename ValueTraits<T>::Scalar value) {
 }
 
 // NaN stays NaN: both comparisons are false for it.
-template <typename T>
-FASTRNN_HD T clamp(T x, float low, float high) {
+template <typename T, typename S>
+FASTRNN_HD T clamp(T x, S low, S high) {
   x = x > high ? broadcast<T>(high) : x;
   x = x < low ? broadcast<T>(low) : x;
   return x;
+}
+
+// A gradient within +-most; 0: as it is.
+template <typename T, typename S>
+FASTRNN_HD T clipped(T gradient, S most) {
+  if (most == 0) return gradient;
+  return clamp(gradient, -most, most);
 }
 
 // Calls a libm function lane by lane: double is there to be right, not fast.

@@ -64,6 +64,16 @@ template <typename S>
 struct Statistics {
   S mean, scale;  // scale = 1 / sqrt(var + eps)
 
+  FASTRNN_HD static Statistics of(S mean, S variance) {
+    return {mean, 1 / std::sqrt(variance + static_cast<S>(kNormEps))};
+  }
+  // The variance is the mean of this.
+  template <typename T>
+  FASTRNN_HD static T squared_deviation(T a, S mean) {
+    const T deviation = a - mean;
+    return deviation * deviation;
+  }
+
   template <typename T>
   FASTRNN_HD T normalised(T a) const {
     return (a - mean) * scale;

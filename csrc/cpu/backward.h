@@ -207,12 +207,7 @@ class Backward {
     return clipped(d_product + load(p_.d_h0 + state * p_.P + j, lanes));
   }
 
-  FASTRNN_HD V clipped(V gradient) const {
-    const T most = static_cast<T>(p_.controls.grad_clip);
-    if (most == 0) return gradient;
-    gradient = gradient > most ? broadcast<V>(most) : gradient;
-    return gradient < -most ? broadcast<V>(-most) : gradient;
-  }
+  FASTRNN_HD V clipped(V gradient) const { return fastrnn::clipped(gradient, static_cast<T>(p_.controls.grad_clip)); }
 
   // d_h of the positions [b, b + count) at step s: of the output, and of the following step or of h_n.
   void output_gradient(Units units, int64_t s, int64_t b, int count, bool following, T* d_h) const {

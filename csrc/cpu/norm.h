@@ -29,10 +29,9 @@ Statistics<T> statistics(const A* a, int64_t n) {
   for_each_vector<T>(0, n, n, [&](int64_t j, auto lanes) FASTRNN_INLINE { sum += load(a + j, lanes); });
   const T mean = sum_of<T>(sum) / static_cast<T>(n);
   for_each_vector<T>(0, n, n, [&](int64_t j, auto lanes) FASTRNN_INLINE {
-    const Vec<T> difference = only<T>(load(a + j, lanes) - mean, lanes);
-    squares += difference * difference;
+    squares += only<T>(Statistics<T>::squared_deviation(load(a + j, lanes), mean), lanes);
   });
-  return {mean, 1 / std::sqrt(sum_of<T>(squares) / static_cast<T>(n) + static_cast<T>(kNormEps))};
+  return Statistics<T>::of(mean, sum_of<T>(squares) / static_cast<T>(n));
 }
 
 // Calls f(j, y, lanes) with y = gain LN(a) + bias, for all of the row a [n].

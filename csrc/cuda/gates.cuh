@@ -46,11 +46,4 @@ __device__ __forceinline__ void zone_share(const StepControls<scalar_t>& c, int 
 template <class C>
 constexpr int kZones = C::kStates < kZonedStates ? C::kStates : kZonedStates;
 
-template <typename acc_t>
-__device__ __forceinline__ acc_t clipped(acc_t gradient, double most) {
-  if (most == 0) return gradient;
-  gradient = gradient > most ? static_cast<acc_t>(most) : gradient;
-  return gradient < -most ? static_cast<acc_t>(-most) : gradient;
-}
-
 }  // namespace fastrnn

@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(const GatesForw
 template <template <typename> class Cell, typename scalar_t, typename acc_t, int N, bool kControlled>
 __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBackward<scalar_t, acc_t> p) {
   using C = Cell<acc_t>;
+  const acc_t grad_clip = static_cast<acc_t>(p.grad_clip);
   const int64_t unit = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * N;
   if (unit >= p.H) return;
   const int64_t first_row = int64_t{blockIdx.y} * blockDim.y + threadIdx.y;
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const GatesBac
 #pragma unroll
     for (int k = 1; k < C::kStates; ++k) {
       for (int i = 0; i < N; ++i)
-        values[i] = reset ? acc_t(0) : kControlled ? clipped(d_prev[i][k], p.grad_clip) : d_prev[i][k];
+        values[i] = reset ? acc_t(0) : kControlled ? clipped(d_prev[i][k], grad_clip) : d_prev[i][k];
       store(p.d_c + (k - 1) * p.d_c_stride + state, values);
     }
   }
@@ -259,7 +260,7 @@ __device__ __forceinline__ void update_h(const ThroughStep<scalar_t, acc_t>& p, 
   if (p.lengths && p.t >= p.lengths[row]) return;
   const acc_t product = to_acc<acc_t>(p.product[at]);
   const acc_t masked = p.mask ? product * to_acc<acc_t>(p.mask[at]) : product;
-  p.d_h[at] = p.reset && p.reset[row] ? acc_t(0) : clipped(masked + p.d_h[at], p.grad_clip);
+  p.d_h[at] = p.reset && p.reset[row] ? acc_t(0) : clipped(masked + p.d_h[at], static_cast<acc_t>(p.grad_clip));
 }
 template <typename scalar_t, typename acc_t>
 __device__ __forceinline__ void update_h(const TakeProjected<scalar_t, acc_t>& p, int64_t row, int64_t at) {

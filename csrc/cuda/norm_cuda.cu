@@ -43,11 +43,8 @@ struct BlockSum {
   template <typename A>
   __device__ __forceinline__ Statistics<acc_t> statistics(int64_t count, acc_t share, const A& a) const {
     const acc_t mean = over(count, a) * share;
-    const acc_t variance = share * over(count, [&](int64_t j) {
-                             const acc_t difference = a(j) - mean;
-                             return difference * difference;
-                           });
-    return {mean, 1 / std::sqrt(variance + static_cast<acc_t>(kNormEps))};
+    const auto term = [&](int64_t j) { return Statistics<acc_t>::squared_deviation(a(j), mean); };
+    return Statistics<acc_t>::of(mean, share * over(count, term));
   }
 };
 
@@ -252,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether)
         }
         d_next[1] += d_c[j];
         Plain::backward(none, saved, prev, next, d_next, d_prev, d_gx, d_gh);
-        p.d_c[state + j] = reset ? acc_t(0) : clipped(d_prev[1] + zone.kept[1], p.grad_clip);
+        p.d_c[state + j] = reset ? acc_t(0) : clipped(d_prev[1] + zone.kept[1], static_cast<acc_t>(p.grad_clip));
       }
 #pragma unroll
       for (int g = 0; g < C::kGates; ++g) {
