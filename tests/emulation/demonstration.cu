@@ -19,11 +19,8 @@ constexpr int kSlice = kB * kUnits, kState = kBlocks * kSlice, kRow = kH + 8;  /
 static_assert(kState * sizeof(__nv_bfloat16) == kThreads * 16, "a thread copies 16 bytes of h");
 
 enum class Exchange {
-  kGridBarrier,     // h in global memory, one counter with release and acquire
-  kGridFences,      // the same with relaxed accesses and fences
+  kGridFences,      // h in global memory, one counter with relaxed accesses and fences
   kClusterBarrier,  // h in distributed shared memory
-  kMbarrier,        // the same, each block told by arrivals at its mbarrier
-  kBulkCopy,        // the same, a slice at a time by asynchronous copies
 };
 
 enum class Fault {
@@ -32,7 +29,6 @@ enum class Fault {
   kNoBarrierAfterCopy,
   kNoBarrierBeforeSum,
   kNoBarrierBetweenSteps,
-  kRelaxedArrival,
   kNoFence,
   kSingleBuffer,
   kSwappedFragment,
@@ -40,10 +36,6 @@ enum class Fault {
   kDivergentBarrier,
   kMissingLane,
   kNotCooperative,
-  kNoInitBarrier,
-  kNarrowWait,
-  kNoProxyFence,
-  kWrongBytes,
   kEarlyExit,
   kTooLittleShared,
 };
@@ -59,22 +51,17 @@ struct Params {
 };
 
 struct Arrays {
-  __nv_bfloat16 *w, *h, *own;
+  __nv_bfloat16 *w, *h;
   float* partial;
 
-  static size_t bytes() {
-    return SharedSize()
-        .take<__nv_bfloat16>(kUnits * kRow)
-        .take<__nv_bfloat16>(2 * kState)
-        .take<__nv_bfloat16>(2 * kSlice)
-        .take<float>(kWarps * kSlice)
-        .bytes();
-  }
+  static constexpr size_t kBytes =
+      (kUnits * kRow + 2 * kState) * sizeof(__nv_bfloat16) + kWarps * kSlice * sizeof(float);
+  static_assert(kUnits * kRow * sizeof(__nv_bfloat16) % 128 == 0 && kState * sizeof(__nv_bfloat16) % 128 == 0);
+
   __device__ Arrays() {
     SharedCarver carver;
     w = carver.take<__nv_bfloat16>(kUnits * kRow);
     h = carver.take<__nv_bfloat16>(2 * kState);
-    own = carver.take<__nv_bfloat16>(2 * kSlice);
     partial = carver.take<float>(kWarps * kSlice);
   }
 };
@@ -94,8 +81,10 @@ __device__ __forceinline__ void multiply(const Arrays& shared, const __nv_bfloat
   constexpr int kSlicesPerWarp = kBlocks / kWarps;
   float c[4] = {};
   for (int slice = warp * kSlicesPerWarp; slice < (warp + 1) * kSlicesPerWarp; ++slice) {
-    uint32_t a[4];
-    ldmatrix_x4(a, shared.w + lane % 16 * kRow + slice * kUnits + lane / 16 * 8);
+    const auto weight = [&](int row, int pair) {
+      return reinterpret_cast<const uint32_t*>(shared.w + row * kRow + slice * kUnits)[pair];
+    };
+    uint32_t a[4] = {weight(g, t), weight(g + 8, t), weight(g, t + 4), weight(g + 8, t + 4)};
     if (fault == Fault::kSwappedFragment) {
       const uint32_t first = a[1];
       a[1] = a[2];
@@ -122,70 +111,38 @@ __device__ __forceinline__ void multiply(const Arrays& shared, const __nv_bfloat
   if (fault == Fault::kMissingLane && lane != 5) __syncwarp();
 }
 
-template <Exchange exchange, Fault fault>
+template <Fault fault>
 __device__ __forceinline__ void wait_for_grid(const Params& p, uint32_t target) {
-  if (fault == Fault::kNoBarrierBetweenSteps) {
-    __syncthreads();
-  } else if (exchange == Exchange::kGridBarrier && fault != Fault::kRelaxedArrival) {
-    grid_barrier(p.arrived, target);
-  } else {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      if (exchange == Exchange::kGridFences && fault != Fault::kNoFence) fence_acq_rel_gpu();
-      atomicAdd(p.arrived, 1u);
-      if (exchange == Exchange::kGridBarrier) {
-        while (ld_acquire_gpu(p.arrived) < target) {
-        }
-      } else {
-        while (ld_relaxed_gpu(p.arrived) < target) {
-        }
-        fence_acq_rel_gpu();
-      }
+  __syncthreads();
+  if (fault == Fault::kNoBarrierBetweenSteps) return;
+  if (threadIdx.x == 0) {
+    if (fault != Fault::kNoFence) fence_acq_rel_gpu();
+    atomicAdd(p.arrived, 1u);
+    while (ld_relaxed_gpu(p.arrived) < target) {
     }
-    __syncthreads();
+    fence_acq_rel_gpu();
   }
+  __syncthreads();
 }
 
 template <Exchange exchange, Fault fault>
 __global__ void __launch_bounds__(kThreads) layer_kernel(const Params p) {
-  constexpr bool kGlobal = exchange == Exchange::kGridBarrier || exchange == Exchange::kGridFences;
-  constexpr bool kBarriers = exchange == Exchange::kMbarrier || exchange == Exchange::kBulkCopy;
-  FASTRNN_SHARED(Mbarrier, full, [2]);
+  constexpr bool kGlobal = exchange == Exchange::kGridFences;
   const Arrays shared;
-  const int block = kGlobal ? blockIdx.x : cluster_rank();
+  const int block = blockIdx.x;
   const auto other = [](int64_t t) { return fault == Fault::kSingleBuffer ? 0 : (t + 1) % 2; };
-  const auto expect = [&](int buffer) {  // the bytes of the next h in this buffer
-    if (threadIdx.x == 0) mbarrier_arrive_expect(&full[buffer], kState * 2 - (fault == Fault::kWrongBytes ? 256 : 0));
-  };
 
-  if (kBarriers && threadIdx.x < 2) {
-    mbarrier_init(&full[threadIdx.x], exchange == Exchange::kBulkCopy ? 1 : kBlocks * kThreads);
-    fence_mbarrier_init();
-  }
   for (int i = threadIdx.x; i < kUnits * kH; i += kThreads) {
     shared.w[i / kH * kRow + i % kH] = p.w[block * kUnits * kH + i];
   }
   copy_state<fault>(shared.h, p.h0, true);
-  if (!kGlobal && fault != Fault::kNoInitBarrier) cluster_barrier();
-  if (exchange == Exchange::kBulkCopy) {
-    expect(0);
-    expect(1);
-  }
+  if (!kGlobal) cluster_barrier();
 
   for (int64_t t = 0; t < p.T; ++t) {
     const __nv_bfloat16* h = shared.h + (fault == Fault::kSingleBuffer ? 0 : t % 2) * kState;
     const bool last = t + 1 == p.T;
     if (kGlobal && t > 0) {
       copy_state<fault>(const_cast<__nv_bfloat16*>(h), p.h_exchange + other(t - 1) * kState, last);
-    }
-    if (kBarriers && t > 0) {
-      const unsigned parity = (t - 1) / 2 % 2;
-      if (exchange == Exchange::kMbarrier && fault != Fault::kNarrowWait) {
-        mbarrier_wait_cluster(&full[t % 2], parity);
-      } else {
-        mbarrier_wait(&full[t % 2], parity);
-      }
-      if (exchange == Exchange::kBulkCopy) expect(t % 2);
     }
     multiply<fault>(shared, h);
 
@@ -199,42 +156,28 @@ __global__ void __launch_bounds__(kThreads) layer_kernel(const Params p) {
       const int place = block * kSlice + b * kUnits + unit;
       if (kGlobal) {
         p.h_exchange[other(t) * kState + place] = value;
-      } else if (exchange == Exchange::kBulkCopy) {
-        shared.own[other(t) * kSlice + b * kUnits + unit] = value;
       } else {
         for (int rank = 0; rank < kBlocks; ++rank) {
           *map_shared_rank(shared.h + other(t) * kState + place, rank) = value;
         }
       }
     }
-    if (kGlobal && !last) wait_for_grid<exchange, fault>(p, static_cast<uint32_t>((t + 1) * kBlocks));
-    if (exchange == Exchange::kClusterBarrier) {
+    if (kGlobal && !last) wait_for_grid<fault>(p, static_cast<uint32_t>((t + 1) * kBlocks));
+    if (!kGlobal && !(last && fault == Fault::kEarlyExit)) {
       if (fault == Fault::kNoBarrierBetweenSteps) {
         __syncthreads();
       } else {
         cluster_barrier();
       }
     }
-    if (exchange == Exchange::kMbarrier && !last) {
-      for (int rank = 0; rank < kBlocks; ++rank) mbarrier_arrive_cluster(map_shared_rank(&full[(t + 1) % 2], rank));
-    }
-    if (exchange == Exchange::kBulkCopy && !last) {
-      if (fault != Fault::kNoProxyFence) fence_proxy_async();
-      __syncthreads();
-      if (threadIdx.x < kBlocks) {
-        const int rank = threadIdx.x;
-        bulk_copy_to_cluster(map_shared_rank(shared.h + (t + 1) % 2 * kState + block * kSlice, rank),
-                             shared.own + other(t) * kSlice, kSlice * 2, map_shared_rank(&full[(t + 1) % 2], rank));
-      }
-    }
   }
-  if (!kGlobal && fault != Fault::kEarlyExit) cluster_barrier();
+  if (!kGlobal && fault == Fault::kNoBarrierBetweenSteps) cluster_barrier();  // this fault is not an early exit too
 }
 
 template <Exchange exchange, Fault fault>
 cudaError_t run(const Params& p, cudaStream_t stream) {
-  constexpr bool kGlobal = exchange == Exchange::kGridBarrier || exchange == Exchange::kGridFences;
-  LaunchConfig config{dim3(kBlocks), dim3(kThreads), Arrays::bytes()};
+  constexpr bool kGlobal = exchange == Exchange::kGridFences;
+  LaunchConfig config{dim3(kBlocks), dim3(kThreads), Arrays::kBytes};
   if (kGlobal) config.cooperative = fault != Fault::kNotCooperative;
   if (!kGlobal) config.cluster = kBlocks;
   if (fault == Fault::kTooLittleShared) config.shared_bytes -= 4;
@@ -247,34 +190,24 @@ struct Variant {
 };
 #define FASTRNN_VARIANT(exchange, fault) {#exchange "/" #fault, run<Exchange::exchange, Fault::fault>}
 const Variant kVariants[] = {
-    FASTRNN_VARIANT(kGridBarrier, kNone),
     FASTRNN_VARIANT(kGridFences, kNone),
     FASTRNN_VARIANT(kClusterBarrier, kNone),
-    FASTRNN_VARIANT(kMbarrier, kNone),
-    FASTRNN_VARIANT(kBulkCopy, kNone),
 #ifdef FASTRNN_EMULATE  // faults are for the emulation: on a device they may hang it
-    FASTRNN_VARIANT(kGridBarrier, kNoCopyWait),
-    FASTRNN_VARIANT(kGridBarrier, kNoBarrierAfterCopy),
-    FASTRNN_VARIANT(kGridBarrier, kNoBarrierBeforeSum),
-    FASTRNN_VARIANT(kGridBarrier, kNoBarrierBetweenSteps),
-    FASTRNN_VARIANT(kGridBarrier, kRelaxedArrival),
+    FASTRNN_VARIANT(kGridFences, kNoCopyWait),
+    FASTRNN_VARIANT(kGridFences, kNoBarrierAfterCopy),
+    FASTRNN_VARIANT(kGridFences, kNoBarrierBeforeSum),
+    FASTRNN_VARIANT(kGridFences, kNoBarrierBetweenSteps),
     FASTRNN_VARIANT(kGridFences, kNoFence),
-    FASTRNN_VARIANT(kGridBarrier, kSingleBuffer),
-    FASTRNN_VARIANT(kGridBarrier, kSwappedFragment),
-    FASTRNN_VARIANT(kGridBarrier, kOverrun),
-    FASTRNN_VARIANT(kGridBarrier, kDivergentBarrier),
-    FASTRNN_VARIANT(kGridBarrier, kMissingLane),
-    FASTRNN_VARIANT(kGridBarrier, kNotCooperative),
-    FASTRNN_VARIANT(kGridBarrier, kTooLittleShared),
+    FASTRNN_VARIANT(kGridFences, kSingleBuffer),
+    FASTRNN_VARIANT(kGridFences, kSwappedFragment),
+    FASTRNN_VARIANT(kGridFences, kOverrun),
+    FASTRNN_VARIANT(kGridFences, kDivergentBarrier),
+    FASTRNN_VARIANT(kGridFences, kMissingLane),
+    FASTRNN_VARIANT(kGridFences, kNotCooperative),
+    FASTRNN_VARIANT(kGridFences, kTooLittleShared),
     FASTRNN_VARIANT(kClusterBarrier, kNoBarrierBetweenSteps),
     FASTRNN_VARIANT(kClusterBarrier, kSingleBuffer),
-    FASTRNN_VARIANT(kMbarrier, kNoInitBarrier),
-    FASTRNN_VARIANT(kMbarrier, kNarrowWait),
-    FASTRNN_VARIANT(kBulkCopy, kNoProxyFence),
-    FASTRNN_VARIANT(kBulkCopy, kSingleBuffer),
-    FASTRNN_VARIANT(kBulkCopy, kWrongBytes),
-    FASTRNN_VARIANT(kMbarrier, kEarlyExit),
-    FASTRNN_VARIANT(kBulkCopy, kEarlyExit),
+    FASTRNN_VARIANT(kClusterBarrier, kEarlyExit),
 #endif
 };
 

@@ -28,7 +28,7 @@ using ClockPair = Clock[2];
 struct CpAsync {
   void* target;
   const void* source;
-  size_t bytes, valid;
+  size_t bytes;
 };
 
 struct Thread : ThreadPosition {
@@ -77,15 +77,6 @@ struct Warp {
   std::deque<Meeting> meetings;
 };
 
-struct MbarrierState {
-  Block* home = nullptr;
-  unsigned arrivals = 0, pending = 0, phase = 0;
-  int64_t bytes = 0;  // still to come in this phase; negative when copies land before they are announced
-  std::vector<Thread*> waiting;
-  ClockPair clock;          // arrivals of the block, and copies
-  ClockPair cluster_clock;  // arrivals of other blocks: seen only by those who wait at cluster scope
-};
-
 struct SharedArray {
   std::unique_ptr<char, void (*)(void*)> memory{nullptr, nullptr};
   size_t bytes = 0;
@@ -99,7 +90,6 @@ struct Cluster {
 
 struct Block {
   Dim index;
-  unsigned rank = 0;
   std::shared_ptr<Cluster> cluster;
   std::vector<std::unique_ptr<Thread>> threads;
   size_t live = 0;
@@ -111,30 +101,12 @@ struct Block {
   size_t static_bytes = 0;
 };
 
-struct BulkCopy {
-  void* target;
-  const void* source;
-  std::vector<char> staging;
-  void* barrier;
-  bool late;               // lands only when all threads wait
-  Block* home;             // of the target
-  Block* source_home;      // null in global memory
-  void* reader = nullptr;  // ThreadSanitizer identities: reading is ordered after the proxy fences, writing after the
-  void* writer = nullptr;  // call
-  Clock call;
-};
-
 struct Ready {
   uint64_t key, order;
   Thread* thread;
   bool operator<(const Ready& other) const {  // for a priority_queue whose top is the smallest
     return key != other.key ? key > other.key : order > other.order;
   }
-};
-
-struct Release {
-  const Cluster* cluster;
-  Scope scope;
 };
 
 struct Grid {
@@ -151,15 +123,8 @@ struct Grid {
   Thread* running = nullptr;
   size_t live_threads = 0;
 
-  std::map<void*, MbarrierState> mbarriers;
-  std::vector<std::unique_ptr<BulkCopy>> copies;
-  std::map<const void*, Release> releases;
   std::map<const void*, std::vector<char>> readonly;
-  void* const scheduler = TsanIdentity::current();
-  std::deque<void*> identities;  // of copies
-  Clock start, end, proxy;
-
-  ~Grid();
+  Clock start, end;
 };
 
 // The grid that runs, or null.
@@ -175,10 +140,6 @@ void wait_in(const char* what, Location);
 void wake(std::vector<Thread*>& waiting);
 
 // Between threads and memory.
-void mbarrier_release(void* barrier);  // what the running identity did comes before the phase's end
-void mbarrier_count_bytes(void* barrier, size_t bytes);
-bool deliver_one_copy(bool even_late);
-void check_copies_of(const Block&);
 void check_arrays_of(const Block&);  // of shared memory
 void check_readonly();
 void set_error(const std::string& what);

@@ -2,8 +2,8 @@
 """Runs the probes and the demonstration layer on the emulation, over seeds and schedules, under a sanitizer if asked.
 
 python tests/emulation/kernels.py                               every probe, every way of exchanging h
-python tests/emulation/kernels.py kGridBarrier/kNoCopyWait      one with a planted fault
-python tests/emulation/kernels.py mbarriers --variant thread    a race detector: reports data races, ends with 66
+python tests/emulation/kernels.py kGridFences/kNoCopyWait       one with a planted fault
+python tests/emulation/kernels.py clusters --variant thread     a race detector: reports data races, ends with 66
 """
 
 import argparse
@@ -82,7 +82,7 @@ class Emulated(Kernels):
         value_at[: len(value)] = value
         out = value_at[(len(value) + 3) // 4 * 4 :]
         self.run_probe(name, value_at.ctypes.data, out.ctypes.data)
-        check(probe, out[: len(expected)], expected)
+        check(out[: len(expected)], expected)
 
     def layer(self, name: str) -> None:
         """Runs a variant of the layer and compares its output, bit by bit; raises as `probe`."""

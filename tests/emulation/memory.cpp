@@ -50,13 +50,6 @@ const SharedArray* find_array(const Block& block, const void* pointer) {
   return nullptr;
 }
 
-Block* find_home(const void* pointer) {
-  for (Block* block : self().home->cluster->blocks) {
-    if (block->live && find_array(*block, pointer)) return block;
-  }
-  return nullptr;
-}
-
 // The array of `block` under the key that `pointer` has in `mine`; made if that block has not come to declare it.
 template <typename Key>
 char* counterpart(const std::map<Key, SharedArray>& mine, std::map<Key, SharedArray>& other, const void* pointer) {
@@ -70,26 +63,10 @@ char* counterpart(const std::map<Key, SharedArray>& mine, std::map<Key, SharedAr
 }
 
 void land(const CpAsync& copy) {
-  tsan_note_read(copy.source, copy.valid);
+  tsan_note_read(copy.source, copy.bytes);
   tsan_note_write(copy.target, copy.bytes);
   Quiet quiet;
-  std::memcpy(copy.target, copy.source, copy.valid);
-  std::memset(static_cast<char*>(copy.target) + copy.valid, 0, copy.bytes - copy.valid);
-}
-
-// Created from the scheduler's identity, which knows nothing that the threads did. Kept when the copy is done, so that
-// its accesses can still race, up to a limit.
-void* new_identity() {
-  constexpr size_t kKept = 1024;
-  if (grid->identities.size() == kKept) {
-    TsanIdentity::destroy(grid->identities.front());
-    grid->identities.pop_front();
-  }
-  void* const caller = TsanIdentity::current();
-  TsanIdentity::enter(grid->scheduler);
-  grid->identities.push_back(TsanIdentity::create());
-  TsanIdentity::enter(caller);
-  return grid->identities.back();
+  std::memcpy(copy.target, copy.source, copy.bytes);
 }
 
 }  // namespace
@@ -169,21 +146,6 @@ void note_atomic_read(const void* address) {
   thread.recently_read[thread.reads++ % 4] = address;
 }
 
-void note_release(const void* address, Scope scope) {
-  Quiet quiet;
-  note_atomic_write(address);
-  grid->releases[address] = {self().home->cluster.get(), scope};
-}
-
-void check_acquire(const void* address, Scope scope, Location where) {
-  Quiet quiet;
-  const auto it = grid->releases.find(address);
-  if (it == grid->releases.end() || it->second.cluster == self().home->cluster.get()) return;
-  if (scope == Scope::kCluster || it->second.scope == Scope::kCluster) {
-    fail("release and acquire in two clusters need gpu scope on both sides", where);
-  }
-}
-
 void note_readonly(const void* address, size_t bytes) {
   Quiet quiet;
   const char* begin = static_cast<const char*>(address);
@@ -202,15 +164,14 @@ void check_readonly() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Asynchronous copies
 
-void cp_async(void* target, const void* source, size_t bytes, size_t valid, Location where) {
-  const CpAsync request{target, source, bytes, valid};
+void cp_async(void* target, const void* source, size_t bytes, Location where) {
+  const CpAsync request{target, source, bytes};
   bool early;
   {
     Quiet quiet;
     require_shared(target, "cp.async", where);
     require_alignment(target, bytes, "cp.async", where);
-    if (valid) require_alignment(source, bytes, "cp.async", where);
-    if (valid > bytes) fail("cp.async: more valid bytes than bytes", where);
+    require_alignment(source, bytes, "cp.async", where);
     self().where = where;
     early = config().schedule != Schedule::kRoundRobin && grid->random() % 4 == 0;
     if (!early) self().open_copies.push_back(request);
@@ -238,73 +199,6 @@ void cp_async_wait(unsigned pending) {
   }
 }
 
-void fence_proxy_async() { tsan_release(&grid->proxy); }
-
-void bulk_copy(void* target, const void* source, const void* value, size_t bytes, void* barrier, Location where) {
-  Quiet quiet;
-  auto request = std::make_unique<BulkCopy>();
-  request->target = target;
-  request->source = source;
-  request->barrier = barrier;
-  request->late = config().schedule == Schedule::kRoundRobin || grid->random() % 2;
-  request->staging.resize(bytes);
-  request->home = find_home(target);
-  if (!request->home) fail("asynchronous copy: expected a target in the shared memory of this cluster", where);
-  if (find_home(barrier) != request->home)
-    fail("asynchronous copy: expected the mbarrier in the target's block", where);
-  if (grid->mbarriers.find(barrier) == grid->mbarriers.end())
-    fail("no mbarrier was initialised at this address", where);
-  if (source) {
-    require_alignment(target, 16, "bulk copy", where);
-    require_alignment(source, 16, "bulk copy", where);
-    request->source_home = find_home(source);
-    if (bytes % 16 || bytes == 0) fail("bulk copy: expected a multiple of 16 bytes", where);
-  } else {
-    require_alignment(target, bytes, "st.async", where);
-    std::memcpy(request->staging.data(), value, bytes);
-  }
-  void* const caller = TsanIdentity::current();
-  tsan_release(&request->call);
-  request->reader = new_identity();
-  TsanIdentity::enter(request->reader);
-  tsan_acquire(&grid->start);
-  tsan_acquire(&grid->proxy);
-  request->writer = new_identity();
-  TsanIdentity::enter(request->writer);
-  tsan_acquire(&request->call);
-  TsanIdentity::enter(caller);
-  grid->copies.push_back(std::move(request));
-}
-
-bool deliver_one_copy(bool even_late) {
-  std::vector<size_t> candidates;
-  for (size_t i = 0; i < grid->copies.size(); ++i) {
-    if (even_late || !grid->copies[i]->late) candidates.push_back(i);
-  }
-  if (candidates.empty()) return false;
-  const size_t chosen = candidates[grid->random() % candidates.size()];
-  const std::unique_ptr<BulkCopy> copy = std::move(grid->copies[chosen]);
-  grid->copies.erase(grid->copies.begin() + static_cast<std::ptrdiff_t>(chosen));
-  void* const scheduler = TsanIdentity::current();
-  if (copy->source) {
-    TsanIdentity::enter(copy->reader);
-    tsan_note_read(copy->source, copy->staging.size());
-    Quiet quiet;
-    std::memcpy(copy->staging.data(), copy->source, copy->staging.size());
-    mbarrier_release(copy->barrier);
-  }
-  TsanIdentity::enter(copy->writer);
-  {
-    tsan_note_write(copy->target, copy->staging.size());
-    Quiet quiet;
-    std::memcpy(copy->target, copy->staging.data(), copy->staging.size());
-    mbarrier_release(copy->barrier);
-    mbarrier_count_bytes(copy->barrier, copy->staging.size());
-  }
-  TsanIdentity::enter(scheduler);
-  return true;
-}
-
 void check_arrays_of(const Block& block) {
   const size_t given = grid->launch.shared_bytes;
   const size_t taken =
@@ -320,13 +214,6 @@ void check_arrays_of(const Block& block) {
     if (!guard_intact(array)) {
       set_error("writes past the end of the array at byte " + std::to_string(offset) + " of dynamic shared memory");
     }
-  }
-}
-
-void check_copies_of(const Block& block) {
-  for (const auto& copy : grid->copies) {
-    if (copy->home == &block) set_error("a block exits while a copy into its shared memory is in flight");
-    if (copy->source_home == &block) set_error("a block exits while a copy out of its shared memory is in flight");
   }
 }
 

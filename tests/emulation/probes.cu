@@ -64,17 +64,17 @@ __global__ void shared_memory(const uint32_t* in, uint32_t* out) {  // [64] -> [
 // One warp produces, two consume, with a barrier for each direction.
 __global__ void named_barriers(const uint32_t* in, uint32_t* out) {  // [4, 32] -> [2, 4, 32]
   FASTRNN_SHARED(uint32_t, slot, [32]);
-  constexpr unsigned kFull = 1, kEmpty = 2;
+  constexpr unsigned kFull = 1, kEmpty = 15;
   const unsigned warp = threadIdx.x / 32;
   for (unsigned i = 0; i < 4; ++i) {
     if (warp == 0) {
       if (i > 0) named_barrier_sync(kEmpty, 96);
       slot[lane()] = in[i * 32 + lane()];
-      named_barrier_arrive(kFull, 96);
+      named_barrier_sync(kFull, 96);
     } else {
       named_barrier_sync(kFull, 96);
       out[((warp - 1) * 4 + i) * 32 + lane()] = slot[lane()] + warp;
-      if (i < 3) named_barrier_arrive(kEmpty, 96);
+      if (i < 3) named_barrier_sync(kEmpty, 96);
     }
   }
 }
@@ -82,39 +82,7 @@ __global__ void named_barriers(const uint32_t* in, uint32_t* out) {  // [4, 32] 
 // ---------------------------------------------------------------------------------------------------------------------
 // Grid and memory order
 
-// Three rounds in which every block passes what it has to the next one, through global memory.
-__global__ void grid_barriers(const uint32_t* in, uint32_t* out) {  // [8, 32] -> [4, 8, 32] and the barrier
-  uint32_t* arrived = out + 4 * 8 * 32;
-  const unsigned block = blockIdx.x, next = (block + 1) % gridDim.x;
-  out[block * 32 + threadIdx.x] = in[block * 32 + threadIdx.x];
-  for (unsigned round = 1; round <= 3; ++round) {
-    grid_barrier(arrived, round * gridDim.x);
-    out[(round * 8 + block) * 32 + threadIdx.x] = out[((round - 1) * 8 + next) * 32 + threadIdx.x] + round;
-  }
-}
-
-// A chain of blocks: each adds its number to what the block before it released. Odd links use red, even ones st.
-__global__ void release_acquire(const uint32_t* in, uint32_t* out) {  // [32] -> [8, 32] and flags
-  uint32_t* flags = out + 8 * 32;
-  const unsigned block = blockIdx.x;
-  if (threadIdx.x == 0 && block > 0) {
-    while (ld_acquire_gpu(&flags[block]) != 1) {
-    }
-  }
-  __syncthreads();
-  const uint32_t* before = block ? out + (block - 1) * 32 : in;
-  out[block * 32 + threadIdx.x] = before[threadIdx.x] + block;
-  __syncthreads();
-  if (threadIdx.x == 0 && block + 1 < gridDim.x) {
-    if (block % 2) {
-      red_add_release_gpu(&flags[block + 1], 1);
-    } else {
-      st_release_gpu(&flags[block + 1], 1);
-    }
-  }
-}
-
-// The same with relaxed accesses and fences.
+// A chain of blocks: each adds its number to what the block before it told of, by a flag and fences.
 __global__ void fences(const uint32_t* in, uint32_t* out) {  // [32] -> [8, 32] and flags
   uint32_t* flags = out + 8 * 32;
   const unsigned block = blockIdx.x;
@@ -155,11 +123,11 @@ __global__ void flag_in_data(const uint32_t* in, uint32_t* out) {  // [32, 3] ->
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Clusters and mbarriers
+// Clusters
 
 __global__ void clusters(const uint32_t* in, uint32_t* out) {  // [8, 32] -> [8, 32] twice: two clusters of 4
   FASTRNN_SHARED(uint32_t, mine, [32]);
-  const unsigned rank = cluster_rank(), i = threadIdx.x;
+  const unsigned rank = blockIdx.x % 4, i = threadIdx.x;
   mine[i] = in[blockIdx.x * 32 + i];
   cluster_barrier();
   out[blockIdx.x * 32 + i] = *map_shared_rank(&mine[31 - i], (rank + 1) % 4);
@@ -170,139 +138,25 @@ __global__ void clusters(const uint32_t* in, uint32_t* out) {  // [8, 32] -> [8,
   out[256 + blockIdx.x * 32 + i] = mine[i];
 }
 
-__global__ void cluster_flags(const uint32_t* in, uint32_t* out) {  // [2, 32] -> [2, 32]: each block reads the other's
-  FASTRNN_SHARED(uint32_t, data, [32]);
-  FASTRNN_SHARED(uint32_t, flag, );
-  const unsigned rank = cluster_rank(), i = threadIdx.x;
-  if (i == 0) flag = 0;
-  cluster_barrier();
-  *map_shared_rank(&data[i], rank ^ 1) = in[rank * 32 + i];
-  __syncthreads();
-  if (i == 0) {
-    if (rank) {
-      red_add_release_cluster(map_shared_rank(&flag, 0), 1);
-    } else {
-      st_release_cluster(map_shared_rank(&flag, 1), 1);
-    }
-    while (ld_acquire_cluster(&flag) != 1) {
-    }
-  }
-  __syncthreads();
-  out[rank * 32 + i] = data[i];
-  cluster_barrier();  // no block leaves while the other may still write to it
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// Asynchronous copies
 
-__global__ void mbarriers(const uint32_t* in, uint32_t* out) {  // [3, 32] -> [3, 32]: one warp hands over to another
-  FASTRNN_SHARED(Mbarrier, full, );
-  FASTRNN_SHARED(Mbarrier, empty, );
-  FASTRNN_SHARED(uint32_t, slot, [32]);
-  if (threadIdx.x == 0) {
-    mbarrier_init(&full, 32);
-    mbarrier_init(&empty, 32);
-  }
-  __syncthreads();
-  for (unsigned i = 0; i < 3; ++i) {
-    if (threadIdx.x < 32) {
-      if (i > 0) mbarrier_wait(&empty, (i - 1) % 2);
-      slot[lane()] = in[i * 32 + lane()];
-      mbarrier_arrive(&full);
-    } else {
-      mbarrier_wait(&full, i % 2);
-      out[i * 32 + lane()] = slot[31 - lane()];
-      mbarrier_arrive(&empty);
-    }
-  }
-}
-
-__global__ void bulk_to_shared(const uint32_t* in, uint32_t* out) {  // [3, 64] -> [3, 64]
-  SharedCarver carver;
-  auto* buffer = carver.take<uint32_t>(64);
-  FASTRNN_SHARED(Mbarrier, landed, );
-  if (threadIdx.x == 0) {
-    mbarrier_init(&landed, 1);
-    fence_mbarrier_init();
-  }
-  __syncthreads();
-  for (unsigned i = 0; i < 3; ++i) {
-    if (threadIdx.x == 0) {
-      mbarrier_arrive_expect(&landed, 256);
-      bulk_copy_to_shared(buffer, in + i * 64, 128, &landed);
-      bulk_copy_to_shared(buffer + 32, in + i * 64 + 32, 128, &landed);
-    }
-    mbarrier_wait(&landed, i % 2);
-    out[i * 64 + threadIdx.x] = buffer[63 - threadIdx.x];
-    __syncthreads();
-  }
-}
-
-// Every block of a cluster of 4 sends to the next one: a bulk copy, a store of 16 bytes, stores of 4, and an arrival.
-__global__ void cluster_copies(const uint32_t* in, uint32_t* out) {  // [4, 32] -> [4, 3, 32]
-  SharedCarver carver;
-  auto* source = carver.take<uint32_t>(32);
-  auto* copied = carver.take<uint32_t>(32);
-  auto* stored = carver.take<uint32_t>(64);
-  FASTRNN_SHARED(Mbarrier, landed, );
-  FASTRNN_SHARED(Mbarrier, told, );
-  FASTRNN_SHARED(uint32_t, plain, [32]);
-  const unsigned rank = cluster_rank(), next = (rank + 1) % 4, i = threadIdx.x;
-  if (i == 0) {
-    mbarrier_init(&landed, 1);
-    mbarrier_init(&told, 32);
-    fence_mbarrier_init();
-    mbarrier_arrive_expect(&landed, 128 + 128 + 64);
-  }
-  source[i] = in[rank * 32 + i] + 1;
-  fence_proxy_async();
-  cluster_barrier();
-  Mbarrier* const landed_there = map_shared_rank(&landed, next);
-  if (i == 0) bulk_copy_to_cluster(map_shared_rank(copied, next), source, 128, landed_there);
-  st_async(map_shared_rank(&stored[i], next), in[rank * 32 + i] + 2, landed_there);
-  if (i < 4) {
-    const uint4 value{i, rank, in[rank * 32 + i], 3};
-    st_async(map_shared_rank(reinterpret_cast<uint4*>(stored + 32) + i, next), value, landed_there);
-  }
-  *map_shared_rank(&plain[i], next) = in[rank * 32 + i] + 4;
-  mbarrier_arrive_cluster(map_shared_rank(&told, next));
-  mbarrier_wait(&landed, 0);
-  mbarrier_wait_cluster(&told, 0);
-  out[rank * 96 + i] = copied[i];
-  out[rank * 96 + 32 + i] = i < 16 ? stored[32 + i] : stored[i];
-  out[rank * 96 + 64 + i] = plain[i];
-  cluster_barrier();
-}
-
-__global__ void cp_asyncs(const uint32_t* in, uint32_t* out) {  // [2, 32, 4] -> [32, 4], [32, 4], [32]
-  FASTRNN_SHARED(uint4, wide, [2][32]);
-  FASTRNN_SHARED(uint32_t, narrow, [32]);
+__global__ void cp_asyncs(const uint32_t* in, uint32_t* out) {  // [2, 32, 4] -> [2, 32, 4]
+  FASTRNN_SHARED(uint4, copied, [2][32]);
   const unsigned i = threadIdx.x;
-  cp_async_16(&wide[0][i], in + 4 * i, i % 17);
-  cp_async_commit();
-  cp_async_16(&wide[1][i], in + 128 + 4 * i);
-  cp_async_4(&narrow[i], in + 3 * i, i % 5);
-  cp_async_commit();
+  for (unsigned group = 0; group < 2; ++group) {
+    cp_async_16(&copied[group][i], in + 128 * group + 4 * i);
+    cp_async_commit();
+  }
   cp_async_wait<1>();
-  reinterpret_cast<uint4*>(out)[i] = wide[0][i];
+  reinterpret_cast<uint4*>(out)[i] = copied[0][i];
   cp_async_wait<0>();
   __syncthreads();
-  reinterpret_cast<uint4*>(out + 128)[i] = wide[1][31 - i];
-  out[256 + i] = narrow[31 - i];
+  reinterpret_cast<uint4*>(out + 128)[i] = copied[1][31 - i];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor cores and arithmetic
-
-__global__ void ldmatrices(const uint32_t* in, uint32_t* out) {  // [32 rows, 4] -> [32, 4], [32, 4], [32, 2]
-  FASTRNN_SHARED(uint4, rows, [32]);
-  rows[lane()] = reinterpret_cast<const uint4*>(in)[lane()];
-  __syncwarp();
-  uint32_t r[4], pair[2];
-  ldmatrix_x4(r, &rows[lane()]);
-  for (int m = 0; m < 4; ++m) out[lane() * 4 + m] = r[m];
-  ldmatrix_x4_transposed(r, &rows[lane()]);
-  for (int m = 0; m < 4; ++m) out[128 + lane() * 4 + m] = r[m];
-  ldmatrix_x2(pair, &rows[lane() % 16]);
-  for (int m = 0; m < 2; ++m) out[256 + lane() * 2 + m] = pair[m];
-}
 
 enum class Product { kBf16, kFp16, kTf32 };
 template <Product product>
@@ -318,23 +172,11 @@ __global__ void mma(const uint32_t* in, uint32_t* out) {  // a [32, 4], b [32, 2
   for (int i = 0; i < 4; ++i) out[lane() * 4 + i] = __float_as_uint(c[i]);
 }
 
-__global__ void mma_of_doubles(const uint32_t* in, uint32_t* out) {  // a [32], b [32], c [32, 2] doubles -> c
-  const auto* values = reinterpret_cast<const double*>(in);
-  double c[2] = {values[64 + lane() * 2], values[64 + lane() * 2 + 1]};
-  mma_fp64(c, values[lane()], values[32 + lane()]);
-  reinterpret_cast<double*>(out)[lane() * 2] = c[0];
-  reinterpret_cast<double*>(out)[lane() * 2 + 1] = c[1];
-}
-
 __global__ void rounding(const uint32_t* in, uint32_t* out) {  // [256] floats -> tf32, through half, through bfloat16
   const float x = as_float(in[threadIdx.x]);
   out[threadIdx.x] = to_tf32(x);
   out[256 + threadIdx.x] = __float_as_uint(to_acc<float>(from_acc<__half>(x)));
   out[512 + threadIdx.x] = __float_as_uint(to_acc<float>(from_acc<__nv_bfloat16>(x)));
-}
-
-__global__ void tanh_approximated(const uint32_t* in, uint32_t* out) {  // [256] floats -> floats
-  out[threadIdx.x] = __float_as_uint(tanh_approximate(as_float(in[threadIdx.x])));
 }
 
 struct Probe {
@@ -354,26 +196,16 @@ const Probe kProbes[] = {
     {"shuffles", shuffles, grid_of(1, 64)},
     {"votes", votes, grid_of(1, 64)},
     {"integer_atomics", integer_atomics, grid_of(1, 64)},
-    {"shared_memory", shared_memory, grid_of(1, 64, SharedSize().take<uint8_t>(3).take<uint4>(16).bytes())},
+    {"shared_memory", shared_memory, grid_of(1, 64, 128 + 16 * sizeof(uint4))},
     {"named_barriers", named_barriers, grid_of(1, 96)},
-    {"grid_barriers", grid_barriers, grid_of(8, 32)},
-    {"release_acquire", release_acquire, grid_of(8, 32)},
     {"fences", fences, grid_of(8, 32)},
     {"flag_in_data", flag_in_data, grid_of(2, 32)},
     {"clusters", clusters, clusters_of(8, 4, 32)},
-    {"cluster_flags", cluster_flags, clusters_of(2, 2, 32)},
-    {"mbarriers", mbarriers, grid_of(1, 64)},
-    {"bulk_to_shared", bulk_to_shared, grid_of(1, 64, SharedSize().take<uint32_t>(64).bytes())},
-    {"cluster_copies", cluster_copies,
-     clusters_of(4, 4, 32, SharedSize().take<uint32_t>(32).take<uint32_t>(32).take<uint32_t>(64).bytes())},
     {"cp_asyncs", cp_asyncs, grid_of(1, 32)},
-    {"ldmatrices", ldmatrices, grid_of(1, 32)},
     {"mma_bf16", mma<Product::kBf16>, grid_of(1, 32)},
     {"mma_fp16", mma<Product::kFp16>, grid_of(1, 32)},
     {"mma_tf32", mma<Product::kTf32>, grid_of(1, 32)},
-    {"mma_fp64", mma_of_doubles, grid_of(1, 32)},
     {"rounding", rounding, grid_of(1, 256)},
-    {"tanh_approximate", tanh_approximated, grid_of(1, 256)},
 };
 
 }  // namespace

@@ -71,7 +71,6 @@ struct ThreadPosition {
 const ThreadPosition& position();
 const GridLaunch& current_launch();
 unsigned lane_id();
-unsigned cluster_rank();
 
 // Other than completed: last_error() says why. Refused: the launch is wrong on any device; no room: on this one.
 enum class Outcome { kCompleted, kRefused, kNoRoom, kAborted };
@@ -96,10 +95,6 @@ void named_barrier(unsigned id, unsigned threads, bool wait, Location);
 void cluster_arrive(Location);
 void cluster_wait(Location);
 
-void mbarrier_init(void* barrier, unsigned arrivals, Location);
-void mbarrier_arrive(void* barrier, unsigned expected_bytes, bool from_cluster, Location);
-void mbarrier_wait(void* barrier, unsigned parity, bool from_cluster, Location);
-
 // A step of a spin loop: lets others run.
 void poll(Location);
 
@@ -112,23 +107,16 @@ void* map_shared_rank(const void* pointer, unsigned rank, Location);
 void require_shared(const void* pointer, const char* what, Location);  // of this block
 void require_alignment(const void* pointer, size_t bytes, const char* what, Location);
 
-enum class Scope { kCluster, kGpu };
-void fence(Location);                           // orders earlier accesses before later atomics, and the reverse
-void note_atomic_write(const void* address);    // before the write
-void note_atomic_read(const void* address);     // after the read
-void note_release(const void* address, Scope);  // before a releasing write
-void check_acquire(const void* address, Scope, Location);  // at an acquiring read
+void fence(Location);                         // orders earlier accesses before later atomics, and the reverse
+void note_atomic_write(const void* address);  // before the write
+void note_atomic_read(const void* address);   // after the read
 
 // Reads through the read-only path must not see memory that the same launch writes: verified when the launch ends.
 void note_readonly(const void* address, size_t bytes);
 
-// cp.async: lands at the earliest or, by seed, at the latest legal moment. Bytes from `valid` on become zero.
-void cp_async(void* target, const void* source, size_t bytes, size_t valid, Location);
+// cp.async: lands at the earliest or, by seed, at the latest legal moment.
+void cp_async(void* target, const void* source, size_t bytes, Location);
 void cp_async_commit();
 void cp_async_wait(unsigned pending);
-
-// Lands at any moment after the call; then counts its bytes at the barrier. A null `source` means `value`.
-void bulk_copy(void* target, const void* source, const void* value, size_t bytes, void* barrier, Location);
-void fence_proxy_async();
 
 }  // namespace fastrnn::emulation

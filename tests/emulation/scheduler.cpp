@@ -22,7 +22,6 @@ constexpr size_t kMaxGridYZ = 65535;
 constexpr unsigned kLiveBlocks = 64;  // of a launch that is not cooperative: bounds the memory of the emulation
 constexpr size_t kKeptThreads =
     4096;  // ThreadSanitizer knows at most 8128 at once, and forgets those that are destroyed
-constexpr unsigned kCopyChance = 64;     // a copy in flight lands in one of so many turns
 constexpr uint64_t kRandomDelay = 2048;  // turns; bounded, so that polling threads cannot starve the others
 constexpr uint64_t kYieldedKey = uint64_t{1} << 62;
 
@@ -98,11 +97,10 @@ void thread_entry() {
 
 uint64_t random_priority(int shift) { return (grid->random() & 0xFFFF) << shift; }
 
-std::unique_ptr<Block> make_block(Dim index, unsigned rank, std::shared_ptr<Cluster> cluster) {
+std::unique_ptr<Block> make_block(Dim index, std::shared_ptr<Cluster> cluster) {
   const Dim shape = grid->launch.block;
   auto block = std::make_unique<Block>();
   block->index = index;
-  block->rank = rank;
   block->cluster = std::move(cluster);
   block->live = shape.count();
   block->warps.resize((block->live + 31) / 32);
@@ -151,7 +149,7 @@ class Admission {
       for (unsigned rank = 0; rank < shape.count(); ++rank) {
         const Dim index{corner.x + rank % shape.x, corner.y + rank / shape.x % shape.y,
                         corner.z + rank / shape.x / shape.y};
-        grid->blocks.push_back(make_block(index, rank, cluster));
+        grid->blocks.push_back(make_block(index, cluster));
         cluster->blocks.push_back(grid->blocks.back().get());
       }
       cluster->barrier.expected = static_cast<unsigned>(shape.count() * grid->launch.block.count());
@@ -167,11 +165,7 @@ class Admission {
 };
 
 void finish_block(Block& block) {
-  check_copies_of(block);
   check_arrays_of(block);
-  for (auto it = grid->mbarriers.begin(); it != grid->mbarriers.end();) {
-    it = it->second.home == &block ? grid->mbarriers.erase(it) : std::next(it);
-  }
   block.statics.clear();
   block.dynamics.clear();
 }
@@ -202,10 +196,7 @@ std::string deadlock() {
 
 void run_threads(Admission& admission) {
   admission.admit();
-  while (grid->error.empty()) {
-    const bool all_wait = grid->ready.empty() || grid->idle > 4 * grid->ready.size();
-    if ((all_wait || grid->random() % kCopyChance == 0) && deliver_one_copy(all_wait)) continue;
-    if (grid->ready.empty()) break;
+  while (grid->error.empty() && !grid->ready.empty()) {
     Thread* thread = grid->ready.top().thread;
     grid->ready.pop();
     thread->waits_in = nullptr;
@@ -228,10 +219,6 @@ void run_threads(Admission& admission) {
 }  // namespace
 
 Grid* grid = nullptr;
-
-Grid::~Grid() {
-  for (void* identity : identities) TsanIdentity::destroy(identity);
-}
 
 void set_error(const std::string& what) {
   const char* const schedules[] = {"round_robin", "random", "priority"};
@@ -256,7 +243,6 @@ Config& config() {
 const ThreadPosition& position() { return self(); }
 const GridLaunch& current_launch() { return grid->launch; }
 unsigned lane_id() { return self().lane; }
-unsigned cluster_rank() { return self().home->rank; }
 
 size_t resident_blocks(const GridLaunch& launch) {
   const DeviceLimits& device = *config().device;

@@ -37,19 +37,6 @@ void meet_at_block_barrier(Location where) {
   arrive(barrier, true, "__syncthreads", where);
 }
 
-MbarrierState& find_mbarrier(void* address, Location where) {
-  const auto it = grid->mbarriers.find(address);
-  if (it == grid->mbarriers.end()) fail("no mbarrier was initialised at this address", where);
-  return it->second;
-}
-
-void complete_if_done(MbarrierState& barrier) {
-  if (barrier.pending != 0 || barrier.bytes != 0) return;
-  ++barrier.phase;
-  barrier.pending = barrier.arrivals;
-  wake(barrier.waiting);
-}
-
 }  // namespace
 
 void warp_collective(const char* name, uint32_t mask, void* io, Combine combine, bool orders_memory, Location where) {
@@ -146,52 +133,6 @@ void cluster_wait(Location where) {
     wait_in("cluster_wait", where);
   }
   tsan_acquire(&barrier.clock[thread.cluster_generation & 1]);
-}
-
-void mbarrier_init(void* address, unsigned arrivals, Location where) {
-  Quiet quiet;
-  require_shared(address, "an mbarrier", where);
-  require_alignment(address, 8, "an mbarrier", where);
-  if (arrivals == 0) fail("an mbarrier expects at least one arrival", where);
-  MbarrierState& barrier = grid->mbarriers[address];
-  barrier.home = self().home;
-  barrier.arrivals = barrier.pending = arrivals;
-  barrier.phase = 0;
-  barrier.bytes = 0;
-}
-
-void mbarrier_arrive(void* address, unsigned expected_bytes, bool from_cluster, Location where) {
-  Quiet quiet;
-  MbarrierState& barrier = find_mbarrier(address, where);
-  if (!from_cluster && barrier.home != self().home) fail("this arrival takes an mbarrier of its own block", where);
-  if (barrier.pending == 0) fail("more arrivals than the mbarrier expects in one phase", where);
-  tsan_release(&(from_cluster ? barrier.cluster_clock : barrier.clock)[barrier.phase & 1]);
-  barrier.bytes += expected_bytes;
-  --barrier.pending;
-  complete_if_done(barrier);
-}
-
-void mbarrier_wait(void* address, unsigned parity, bool from_cluster, Location where) {
-  Quiet quiet;
-  MbarrierState& barrier = find_mbarrier(address, where);
-  if (barrier.home != self().home) fail("only threads of its own block wait for an mbarrier", where);
-  while ((barrier.phase & 1) == (parity & 1)) {
-    barrier.waiting.push_back(&self());
-    wait_in("mbarrier_wait", where);
-  }
-  tsan_acquire(&barrier.clock[parity & 1]);
-  if (from_cluster) tsan_acquire(&barrier.cluster_clock[parity & 1]);
-}
-
-void mbarrier_release(void* address) {
-  const MbarrierState& barrier = grid->mbarriers.at(address);
-  tsan_release(&barrier.clock[barrier.phase & 1]);
-}
-
-void mbarrier_count_bytes(void* address, size_t bytes) {
-  MbarrierState& barrier = grid->mbarriers.at(address);
-  barrier.bytes -= static_cast<int64_t>(bytes);
-  complete_if_done(barrier);
 }
 
 }  // namespace fastrnn::emulation
