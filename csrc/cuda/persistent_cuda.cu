@@ -35,6 +35,7 @@ CudaStatus launch_write(const int64_t* values, int64_t count, int64_t* to, CudaS
 CudaDevice cuda_device() {
   const DeviceAttributes device = current_device();
   CudaDevice facts{device.capability, device.multiprocessors, device.shared_per_block, device.l2_bytes, {}};
+  if (facts.capability < 90) return facts;  // without clusters
   int blocks = 1;
   // Any kernel will do: with all the shared memory a block takes a multiprocessor, as one of a persistent kernel does.
   for (int& clusters : facts.clusters) {

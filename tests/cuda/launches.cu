@@ -13,7 +13,7 @@ namespace {
 std::map<const void*, int> allowed_shared;
 std::set<const void*> allowed_clusters;
 bool has_clusters_of_16 = true;
-int tried = 0, launched = 0;
+int tried = 0, launched = 0, asked = 0, major_capability = 9;
 std::function<void()> meanwhile;  // what another thread does just before the next launch
 
 }  // namespace
@@ -50,7 +50,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount            ? kMultiprocessors
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? kShared
-                                                                  : 9;
+                                                                  : major_capability;
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
@@ -64,6 +64,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
   *clusters = 0;
+  ++asked;
+  if (major_capability < 9) return cudaErrorNotSupported;
   if (!allows_cluster(kernel, cluster_of(*config))) return cudaErrorInvalidClusterSize;
   for (int i = 0; i < 4; ++i) {
     if (cluster_of(*config) == 2u << i) *clusters = kMostClusters[i];
@@ -104,6 +106,11 @@ void expect(bool holds, const char* what) {
 }
 
 void check_launches() {
+  major_capability = 8;
+  expect(cuda_device().clusters == std::array<int, 4>{} && asked == 0,
+         "a device without clusters is not asked for them");
+  major_capability = 9;
+
   const LaunchConfig large{dim3(16), dim3(256), 200 << 10, 16}, small{dim3(4), dim3(256), 60 << 10, 2};
   cudaError_t other = cudaErrorUnknown;
   meanwhile = [&] { other = launch(first_kernel, small, nullptr); };
