@@ -136,6 +136,7 @@ struct GatesPath {
     const Tensor x_gates = flat(dense(l.w_ih ? linear(l.input, *l.w_ih, l.b_ih) : l.input), l.N);
     const Tensor h_gates = empty(l.input, {l.B, C::kGates * l.H}, t);
     const Tensor w_hh_t = transposed(first_weight(l));
+    const MaybeTensor w_hr_t = l.w_hr ? MaybeTensor(transposed(*l.w_hr)) : std::nullopt;
     const Tensor output = flat(r.output, l.N);
     MaybeTensor unprojected = r.saved_m;
     if (l.w_hr && !save) unprojected = empty(l.input, {l.B, l.H}, t);
@@ -188,7 +189,7 @@ struct GatesPath {
           check_launch(launch_gates_forward<Cell>(p, device.stream()));
         }
         if (!l.w_hr) return;
-        mm_out(rows(output, row, count), rows(*unprojected, m_row, count), transposed(*l.w_hr));
+        mm_out(rows(output, row, count), rows(*unprojected, m_row, count), *w_hr_t);
         check_launch(launch_update_h(
             count, l.P, KeepLiving<T>{at<T>(output, row), in<int64_t>(l.lengths), l.steps.time(s), out<T>(r.h_n)},
             device.stream()));
@@ -278,8 +279,8 @@ struct GatesPath {
         // Else the rows before are those of the step before.
         (l.lengths && l.steps.reverse) || kTwoProducts ? MaybeTensor(h_before(l, saved, device)) : std::nullopt,
         l.c0 ? MaybeTensor(to_dtype(*l.c0, acc)) : std::nullopt, empty(l.input, {l.B, l.P}, t),
-        // The kernel's carry with a projection, which has another width.
-        l.w_hr ? MaybeTensor(empty(l.input, {l.B, l.H}, acc)) : std::nullopt, make_scratch(l), device};
+        l.w_hr ? MaybeTensor(empty(l.input, {l.B, l.H}, t)) : std::nullopt,
+        l.w_hr ? MaybeTensor(carried({l.B, l.H}, std::nullopt)) : std::nullopt, make_scratch(l), device};
     for (int64_t s = l.T - 1; s >= 0; --s) b.step(s, s > 0 || need_states);
     return g;
   }
@@ -359,7 +360,8 @@ struct GatesPath {
     const MaybeTensor h_prev;     // [N, P] or null: rows of output and h0
     const MaybeTensor c0;         // [C, B, H]  in the type of c
     const Tensor products;        // [B, P]  d_h_gates of a step times W_hh
-    const MaybeTensor d_m_carry;  // [B, H]
+    const MaybeTensor d_m;        // [B, H]  with a projection: gradient of a step's h before it
+    const MaybeTensor d_m_carry;  // [B, H]  with a projection, the kernel's carry: stays zero, h has no other way
     const MaybeTensor scratch;
     const OnDevice& device;
 
@@ -372,11 +374,9 @@ struct GatesPath {
       const int64_t row = l.row_begin[l.steps.time(s)], count = l.steps.count(s);
       const int64_t started = std::min(l.steps.count(s - 1), count);                 // rows with a step before
       const int64_t going_on = folds() ? 0 : std::min(l.steps.count(s + 1), count);  // rows with a product to add
-      MaybeTensor d_m;
       if (l.w_hr) {
         take_projected(s);
-        d_m = mm(rows(*g.d_projected, row, count), *l.w_hr);
-        set_zero(rows(*d_m_carry, 0, count));
+        mm_out(rows(*d_m, 0, count), rows(*g.d_projected, row, count), *l.w_hr);
       }
       int64_t begin = kTwoProducts ? count : 0;
       if constexpr (kTwoProducts) reset_gates(s, row, count);

@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether)
         const acc_t y = to_acc<acc_t>(gain_c[j]) * s.normalised(made_c(j)) + to_acc<acc_t>(bias_c[j]);
         const acc_t kept = p.controls.zone[0] ? zone_share<acc_t>(p.controls, 0, state + j) : acc_t(0);
         const acc_t d = hidden_gradient(j);
-        p.d_h[state + j] = kept * d;
+        p.d_h[state + j] = p.controls.zone[0] ? kept * d : acc_t(0);
         norm_output_gradient(to_acc<acc_t>(saved_row[3 * H + j]), y, (1 - kept) * d, d_o[j], d_c[j]);
       }
       acc_t* const d_gain_c = d_w + 4 * gates;

@@ -141,16 +141,18 @@ def test_rows_of_every_width(H, dtype, device):
     assert torch.equal(got[1]["w_hh"].cpu(), expected[1]["w_hh"])
 
 
+@pytest.mark.parametrize("proj_size", [0, 6])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_a_step_dispatches_its_product_alone(packed, device):
-    """No view, copy or allocation: what six more steps dispatch are six products, forward and backward."""
+def test_a_step_dispatches_its_products_alone(packed, proj_size, device):
+    """No view, copy or allocation: what six more steps dispatch are their products, forward and backward."""
 
     def dispatched(T: int) -> list[Counter[str]]:
-        leaves = drawn(LayerCase("lstm", T, packed=packed), device)
+        case = LayerCase("lstm", T, packed=packed, proj_size=proj_size)
+        leaves = drawn(case, device)
         leaves = {name: t if t is None else t.requires_grad_() for name, t in leaves.items()}
         counts = []
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as forward:
-            loss = LayerCase("lstm", T, packed=packed).call(ops, leaves)["output"].sum()
+            loss = case.call(ops, leaves)["output"].sum()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as backward:
             torch.autograd.grad(loss, [leaf for leaf in leaves.values() if leaf is not None])
         for profile in (forward, backward):
@@ -160,4 +162,4 @@ def test_a_step_dispatches_its_product_alone(packed, device):
     for short, long in zip(dispatched(6), dispatched(12), strict=True):
         # The CPU's own product, where the kernels are emulated, looks at its operands.
         more = {name: n for name, n in (long - short).items() if "resolve" not in name}
-        assert more == {"aten::mm": 6}, more
+        assert more == {"aten::mm": 12 if proj_size else 6}, more
