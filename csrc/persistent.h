@@ -4,8 +4,8 @@
 // of kernels.h; there is no projection, so P == H.
 #pragma once
 
+#include "cuda_plan.h"
 #include "kernels.h"
-#include "plan.h"
 
 namespace fastrnn {
 

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "cpu/isa.h"
+#include "cuda_plan.h"
 #include "plan.h"
 
 #ifdef __clang__

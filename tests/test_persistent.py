@@ -328,14 +328,14 @@ FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
         "no product for h0": ("{ return T + 1; }", "{ return T; }", WRONG, "grade1"),
         "a step of a row without one": ("s >= 0 && mine.row < rows.count) step", "s >= 0) step", BEYOND, "packed"),
     },
-    "plan.h": {
+    "cuda_plan.h": {
         "too little shared memory": (" + int64_t{biases()} * 4;", ";", SHARED, "grade1"),
         "too much shared memory": ("int64_t{sums()} * 2 * 4", "int64_t{sums()} * 3 * 4", SHARED, "grade1"),
     },
 }
 VARIANTS = {RACE: "thread", BEYOND: "address"}
 # Changes that other tests need.
-MEASURED = Planted("plan.h", "bool measured = false;", "bool measured = true;")
+MEASURED = Planted("cuda_plan.h", "bool measured = false;", "bool measured = true;")
 FEW_POLLS = Planted(EXCHANGE, "kMostPolls = 1u << 23", "kMostPolls = 64")
 TOO_MANY_THREADS = Planted("cuda/persistent.cuh", "p.tiling.blocks)), dim3(kThreads)", "p.tiling.blocks)), dim3(2048)")
 SILENT = Planted(EXCHANGE, "if (slot == 0) st_relaxed_gpu(", "if (slot == 0 && place.rank != 1) st_relaxed_gpu(")

@@ -7,7 +7,7 @@
 // 2t+1, 2t, 2t+1.
 #pragma once
 
-#include "../plan.h"
+#include "../cuda_plan.h"
 #include "device.cuh"
 
 namespace fastrnn {
