@@ -81,8 +81,6 @@ inline CpuPlan plan_layer(const CpuProblem& p) {
   // A barrier costs about what one thread does with 4096 weights read from its cache.
   constexpr int64_t kMinimumWeightsPerThread = 4096;
   constexpr int64_t kUnitsOfVector = 16;  // the widest: what cannot be divided
-  // From here on the weights are read from cache often enough per step that reading them in every thread is free.
-  constexpr int64_t kRowsPerThread = 4;
   const auto plan = [&](Split split, int64_t threads, const char* reason) {
     return CpuPlan{split, static_cast<int>(threads), reason, packs_input(p), packs_recurrent(p)};
   };
@@ -92,19 +90,28 @@ inline CpuPlan plan_layer(const CpuProblem& p) {
   // In a short sequence each weight is packed and read by one thread alone, for few barriers: one step needs none.
   constexpr int64_t kFewSteps = 20, kUnitsPerThread = 128;  // a panel has up to 64 units
   const bool splits_units = p.P == p.H && !p.two_products && !p.normalises;
+  const int64_t vectors = (p.H + kUnitsOfVector - 1) / kUnitsOfVector;
   if (p.pass == Pass::forward && p.T <= kFewSteps && splits_units && p.H >= kUnitsPerThread * p.threads) {
     return plan(Split::units, p.threads, "few steps: threads share the hidden units");
   }
-  if (p.B >= kRowsPerThread * p.threads) return plan(Split::rows, p.threads, "enough rows for every thread");
+  // From here on the weights are read from cache often enough per step that reading them in every thread is free. Where
+  // they are more than a thread's own cache holds, many threads would read them from the one that they share, and need
+  // more rows for it (from its bandwidth; not measured): unless units come out uneven, each keeps its part of them.
+  constexpr int64_t kWeightsInOwnCache = 1 << 18, kFewThreads = 4;
+  const int64_t most_vectors = (vectors + p.threads - 1) / p.threads;
+  const bool reads_shared_cache = p.threads > kFewThreads && p.recurrent_weights() > kWeightsInOwnCache &&
+                                  splits_units && 8 * most_vectors * p.threads <= 9 * vectors;
+  const int64_t rows_per_thread = reads_shared_cache ? 16 : 4;
+  if (p.B >= rows_per_thread * p.threads) return plan(Split::rows, p.threads, "enough rows for every thread");
   if (!splits_units) {
     const char* reason = p.two_products ? "two products a step split by rows only"
                          : p.normalises ? "layer normalisation splits by rows only"
                                         : "a projection splits by rows only";
     return plan(Split::rows, std::min<int64_t>(p.threads, p.B), reason);
   }
-  const int64_t by_units = std::min({int64_t{p.threads}, p.B * p.recurrent_weights() / kMinimumWeightsPerThread,
-                                     (p.H + kUnitsOfVector - 1) / kUnitsOfVector});
-  const int64_t by_rows = std::min<int64_t>(p.threads, p.B / kRowsPerThread);
+  const int64_t by_units =
+      std::min({int64_t{p.threads}, p.B * p.recurrent_weights() / kMinimumWeightsPerThread, vectors});
+  const int64_t by_rows = std::min<int64_t>(p.threads, p.B / rows_per_thread);
   if (by_units > by_rows && by_units > 1) {
     return plan(Split::units, by_units, "few rows: threads share the hidden units");
   }
