@@ -136,7 +136,8 @@ struct GatesPath {
     const Tensor x_gates = flat(dense(l.w_ih ? linear(l.input, *l.w_ih, l.b_ih) : l.input), l.N);
     const Tensor h_gates = empty(l.input, {l.B, C::kGates * l.H}, t);
     const Tensor w_hh_t = transposed(first_weight(l));
-    const MaybeTensor w_hr_t = l.w_hr ? MaybeTensor(transposed(*l.w_hr)) : std::nullopt;
+    MaybeTensor w_hr_t;
+    if (l.w_hr) w_hr_t = transposed(*l.w_hr);
     const Tensor output = flat(r.output, l.N);
     MaybeTensor unprojected = r.saved_m;
     if (l.w_hr && !save) unprojected = empty(l.input, {l.B, l.H}, t);
