@@ -80,7 +80,9 @@ class WeightGradients {
     Buffer<T> sums;       // [rows, columns]  likewise, if the results are of 16 bits
 
     Share(const ProductShares::Share& share, int64_t N)
-        : ProductShares::Share(share), packed(Panel::panels(columns()) * panel_words(kRowsPerBlock)), bias(rows()) {
+        : ProductShares::Share(share),
+          packed(Panel::panels(columns()) * panel_words(std::min(N, kRowsPerBlock))),
+          bias(rows()) {
       if (kNarrows && N > kRowsPerBlock) sums = Buffer<T>(rows() * columns());
     }
     int64_t rows() const { return row_end - row_begin; }

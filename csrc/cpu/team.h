@@ -107,6 +107,8 @@ class Team {
       if (!gave_away() && ++spins_ % kSpinsPerLook != 0) {
 #if defined(__x86_64__)
         _mm_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
 #endif
         return;
       }
