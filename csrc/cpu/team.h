@@ -118,7 +118,7 @@ class Team {
       waited_ = now - since_;
     }
     bool gave_away() const { return waited_ > kSpin; }
-    bool longer_than(Time time) const { return waited_ > time; }
+    Time waited() const { return waited_; }
 
    private:
     static constexpr Time kSpin = std::chrono::microseconds(40);
@@ -154,7 +154,7 @@ class Team {
         team_.state_.compare_exchange_strong(expected, kRunning);
       }
       for (Spin spin; team_.state_.load(std::memory_order_acquire) == kGathering; spin.wait()) {
-        if (!spin.longer_than(kSlice)) continue;
+        if (spin.waited() <= kSlice) continue;
         int expected = kGathering;
         if (team_.state_.compare_exchange_strong(expected, kAlone)) {
           mine_ = {0, team_.shares_};
@@ -183,20 +183,21 @@ class Team {
    private:
     int64_t weight() const { return mine_.end - mine_.begin; }
 
-    // From a wait that was not short on, measures steps for a while.
+    // From a wait that was not short on, measures steps for a while: whether waiting takes longer than it would to do
+    // the work of the others as well.
     void watch(const Spin& spin) {
       const Clock::time_point now = Clock::now();
-      bool alone = spin.longer_than(team_.patience_) &&
+      bool alone = spin.waited() > team_.patience_ &&
                    team_.long_waits_.fetch_add(1) + 2 >= team_.shares_;  // so many cost what going alone does
       if (!watches_) {
         watches_ = true;
-        since_ = now;
         steps_ = waits_ = 0;
+        waited_ = Time::zero();
         least_work_ = Time::max();
       } else {
         ++steps_;
-        waits_ += spin.gave_away();
-        alone |= waits_ >= kWaits && now - since_ > least_work_ * (steps_ * team_.shares_ / weight());
+        if (spin.gave_away()) ++waits_, waited_ += spin.waited();
+        alone |= waits_ >= kWaits && waited_ > least_work_ * (steps_ * (team_.shares_ - weight()) / weight());
         watches_ = steps_ < kWatched;
       }
       left_ = now;
@@ -209,9 +210,9 @@ class Team {
     Team& team_;
     Range mine_;
     bool watches_ = false;
-    int64_t steps_ = 0, waits_ = 0;   // since it watches: all, and those that it gave its core away in
-    Clock::time_point since_, left_;  // it watches; it left a barrier
-    Time least_work_ = Time::max();   // between two barriers
+    int64_t steps_ = 0, waits_ = 0;             // since it watches: all, and those that it gave its core away in
+    Time waited_{}, least_work_ = Time::max();  // in these; between two barriers, where no input gates are made as well
+    Clock::time_point left_;                    // a barrier
   };
 
  private:
