@@ -66,7 +66,7 @@ struct CpuPath {
   static bool runs_both(const Layer& a, const Layer& b) {
     const auto sizes = [](const Layer& l) { return std::array{l.T, l.B, l.I, l.H, l.P, l.N}; };
     return a.storage == b.storage && sizes(a) == sizes(b) &&
-           plan_cpu({a.T, a.B, a.I, a.H, a.P, Cell<float>::kGates, torch_threads().threads, kTwoProducts,
+           plan_cpu({a.T, a.B, a.I, a.H, a.P, Cell<float>::kGates, torch_threads().threads, kTwoProducts || a.w_hr,
                      kNormalises<Cell<float>>, 2, taken(a.storage) == Taken::widened})
                .side_by_side;
   }
@@ -136,8 +136,12 @@ struct CpuPath {
     };
     const Wanted x{l.I, l.w_ih.has_value(), bias_ih, list_x};
     const Wanted h{l.P, true, bias_hh, list_h};
-    if constexpr (!Cell<float>::kGateGradsDiffer) return gradients_of(l, g.d_x_gates, x, h);
-    std::array<WeightAndBias, 2> d{gradients_of(l, g.d_x_gates, x)[0], gradients_of(l, g.d_h_gates, h)[0]};
+    std::array<WeightAndBias, 2> d;
+    if constexpr (Cell<float>::kGateGradsDiffer) {
+      d = {gradients_of(l, g.d_x_gates, x)[0], gradients_of(l, g.d_h_gates, h)[0]};
+    } else {
+      d = gradients_of(l, g.d_x_gates, x, h);
+    }
     if constexpr (kTwoProducts) {
       ForwardResult with_m;  // r h again, from the r that was saved
       with_m.saved_m = empty(output, {l.N, l.H}, t);

@@ -45,13 +45,10 @@ class Backward {
       Team::Member member(team_, {begin, end});
       member.join();
       if (!member.goes_on()) return;
-      const auto my_part = [&] {
-        const auto unit_of = [&](int64_t share) { return unit_share(p_.H, kWidth<T>, share, plan_.threads); };
-        return Part{0, p_.B, {unit_of(member.shares().begin), unit_of(member.shares().end)}};
-      };
-      run_part(my_part(), [&](int64_t step, Part& part) {
+      const auto my_units = [&] { return units_of<T>(member.shares(), p_.H, plan_.threads); };
+      run_part({0, p_.B, my_units()}, [&](int64_t step, Part& part) {
         member.barrier(step);
-        part = my_part();
+        part.units = my_units();
         return member.goes_on();
       });
     } else {

@@ -59,10 +59,7 @@ class Forward {
       Team::Member member(team_, {begin, end});
       if (p_.steps.T > 1) member.join();
       if (!member.goes_on()) return;
-      const auto my_units = [&] {
-        const auto unit_of = [&](int64_t share) { return unit_share(p_.H, kWidth<T>, share, plan_.threads); };
-        return Units{unit_of(member.shares().begin), unit_of(member.shares().end)};
-      };
+      const auto my_units = [&] { return units_of<T>(member.shares(), p_.H, plan_.threads); };
       run_lane(lanes_[0], member.shares().begin, my_units(), [&](int64_t step, Units& units) {
         member.barrier(step);
         units = my_units();

@@ -33,6 +33,12 @@ struct PanelShape {
 struct Units {
   int64_t begin, end;
 };
+// Of some shares of all `shares`.
+template <typename T>
+Units units_of(Team::Range mine, int64_t units, int64_t shares) {
+  const auto first_of = [&](int64_t share) { return unit_share(units, kWidth<T>, share, shares); };
+  return {first_of(mine.begin), first_of(mine.end)};
+}
 // Calls f(units) for the part of each panel that `some` units have in it.
 template <typename Shape, typename F>
 FASTRNN_HD void for_each_panel(Units some, F f, bool ascending = true) {
