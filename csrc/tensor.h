@@ -17,6 +17,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "pages.h"
+
 // Weak: torch 2.10 to 2.12 lack it.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
@@ -75,7 +77,9 @@ Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), size, stride, dtype_number(dtype),
                                        device_type, device_index, &handle));
-  return Tensor(handle);
+  const Tensor made(handle);
+  if (made.is_cpu()) ask_for_large_pages(made.data_ptr(), static_cast<size_t>(count) * made.element_size());
+  return made;
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {

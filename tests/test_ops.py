@@ -3,6 +3,7 @@
 
 import itertools
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -389,3 +390,18 @@ def test_backward_looks_at_what_was_saved(saved, message):
         assert torch.equal(got, wanted)
     with pytest.raises(RuntimeError, match=f"fastrnn::lstm_layer_backward: expected {message}"):
         torch.ops.fastrnn.lstm_layer_backward(**floats, **(given | saved), **needed)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without large pages")
+def test_large_results_ask_for_large_pages():
+    square = torch.zeros(1024, 1024)
+    output, _ = ops.rnn_layer(square.expand(4, -1, -1), square, square, None, None, square)
+    middle = output.data_ptr() + output.nbytes // 2
+    flags = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            begin, end = (int(address, 16) for address in first.split("-"))
+        elif first == "VmFlags:" and begin <= middle < end:
+            flags = rest.split()
+    assert "hg" in flags

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "../pages.h"
+
 namespace fastrnn {
 
 class ScratchBlocks {
@@ -36,6 +38,7 @@ class ScratchBlocks {
     }
     void* data = std::aligned_alloc(kAlign, bytes);
     if (!data) throw std::bad_alloc();
+    ask_for_large_pages(data, bytes);
     return {data, bytes};
   }
 
