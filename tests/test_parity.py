@@ -18,6 +18,8 @@ SIZES = [  # T, B, I, H: one, odd, threads split the batch, H off any tile, thre
     (23, 2, 40, 129),
 ]
 LONG_SIZES = [(1000, 1, 8, 32), (2, 130, 5, 37), (3, 7, 200, 768), (5, 2, 1024, 1024), (100, 64, 96, 200)]
+# Weights, their gradients and long rows that no second cache holds, on the CPU: blocks of each, the last ones not full.
+LARGE = {"T": 14, "B": 60, "I": 520, "H": 1030}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPTIONS = [
     {"layout": "batch_first"},
@@ -48,6 +50,9 @@ def fast_cases():
         yield from (Case(cell, **options) for options in OPTIONS)
         for dtype, options in itertools.product(DTYPES[1:], ({}, {"bidirectional": True, "layout": "packed_unsorted"})):
             yield Case(cell, 9, 5, 24, 40, dtype=dtype, **options)
+    for cell, dtype in itertools.product(("lstm", "gru"), (torch.float32, torch.bfloat16)):
+        yield Case(cell, **LARGE, dtype=dtype)
+    yield Case("lstm", **LARGE | {"T": 28}, layout="packed_unsorted")
     yield from (Case("lstm", **options) for options in PROJECTIONS)
     for dtype, P in itertools.product(DTYPES, (12, 16, 28, 44, 60)):  # 1 to 4 vectors in the last panel
         yield Case("lstm", 9, 5, 24, 70, dtype=dtype, proj_size=P)

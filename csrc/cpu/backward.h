@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The backward pass of one layer in one direction. Compiled once for each instruction set, after tile.h.
+// The backward pass of one layer in one direction. Compiled once for each instruction set, after weights.h.
 //
 // What is fused: d_h = d_output + carried d_h + d_h_gates W_hh of the following step, and the gate gradients from it.
 // The gradients of the weights and of the input are products over all steps at once, which the caller makes.
@@ -70,7 +70,7 @@ class Backward {
 
  private:
   static constexpr int kRows = kTileRows<Panel::kVectors>;
-  using Tile = T[kRows * Panel::kColumns];
+  static constexpr auto kNothing = [](int64_t, int) {};
 
   // Of a cell that normalises: what the panels of a row share, one row after the other in a thread.
   struct WholeRow {
@@ -115,39 +115,30 @@ class Backward {
       const int64_t end = std::clamp(p_.steps.count(s), part.row_begin, part.row_end);
       const int64_t going_on = std::clamp(p_.steps.count(s + 1), part.row_begin, end);  // rows with a following step
       const int64_t started = std::clamp(p_.steps.count(s - 1), part.row_begin, end);   // rows with a step before
-      const int64_t first_row = p_.steps.row_begin[p_.steps.time(s)];
       if (p_.w_hr) {
         for_each_panel<Panel>({0, p_.P}, [&](Units units) { project(units, s, part.row_begin, going_on, end); });
       }
-      const auto hidden_gradient = [&](Units units, int64_t b, int count, bool following, T* d_h) {
-        if (p_.w_hr) {
-          hr_.times(units, p_.d_projected, first_row + b, count, d_h);
-        } else {
-          output_gradient(units, s, b, count, following, d_h);
-        }
-      };
-      const auto for_tiles = [&](const auto& f) {
-        for_each_tile(part.row_begin, going_on, kRows, [&](int64_t b, int count) { f(b, count, true); });
-        for_each_tile(going_on, end, kRows, [&](int64_t b, int count) { f(b, count, false); });
-      };
       if constexpr (kNormalises<Cell>) {
         const int64_t width = part.whole->width;
-        for_tiles([&](int64_t b, int count, bool following) {
+        const auto tile = [&](int64_t b, int count, bool following) {
           for_each_panel<Panel>({0, p_.H}, [&](Units units) {
-            alignas(64) Tile d_h;
-            hidden_gradient(units, b, count, following, d_h);
-            for (int r = 0; r < count; ++r) {
-              std::copy_n(d_h + r * Panel::kColumns, Panel::kBlock, part.whole->d_h + r * width + units.begin);
-            }
+            hidden_gradients(
+                units, s, b, following ? b + count : b, b + count, kNothing, [&](int64_t, int, const T* d_h) {
+                  for (int r = 0; r < count; ++r) {
+                    std::copy_n(d_h + r * Panel::kColumns, Panel::kBlock, part.whole->d_h + r * width + units.begin);
+                  }
+                });
           });
           for (int r = 0; r < count; ++r) update_row(s, b + r, part.whole->d_h + r * width, *part.whole);
-        });
+        };
+        for_each_tile(part.row_begin, going_on, kRows, [&](int64_t b, int count) { tile(b, count, true); });
+        for_each_tile(going_on, end, kRows, [&](int64_t b, int count) { tile(b, count, false); });
       } else {
         for_each_panel<Panel>(part.units, [&](Units units) {
-          for_tiles([&](int64_t b, int count, bool following) {
-            alignas(64) Tile d_h;
+          const auto before = [&](int64_t b, int count) {
             if (!kResetsBefore<Cell>) prefetch_rows(units, s, b, count);
-            hidden_gradient(units, b, count, following, d_h);
+          };
+          hidden_gradients(units, s, part.row_begin, going_on, end, before, [&](int64_t b, int count, const T* d_h) {
             for (int r = 0; r < count; ++r) {
               if constexpr (kResetsBefore<Cell>) {
                 reset_gate(units, s, b + r, d_h + r * Panel::kColumns);
@@ -162,9 +153,7 @@ class Backward {
       if (!p_.need_states) continue;
       // Rows that start here: their way through W_hh ends in h0.
       for_each_panel<Panel>({part.units.begin, p_.w_hr ? p_.P : part.units.end}, [&](Units units) {
-        for_each_tile(started, end, kRows, [&](int64_t b, int count) {
-          alignas(64) Tile d_h;
-          hh_.times(units, p_.d_h_gates, first_row + b, count, d_h);
+        hh_.times(units, gate_gradients(s), started, end, kNothing, [&](int64_t b, int count, const T* d_h) {
           for (int r = 0; r < count; ++r) {
             T* d_h0 = p_.d_h0 + p_.steps.state(b + r) * p_.P;
             for_each_vector<T>(units.begin, units.end, p_.P, [&](int64_t j, auto lanes) {
@@ -206,43 +195,64 @@ class Backward {
 
   FASTRNN_HD V clipped(V gradient) const { return fastrnn::clipped(gradient, static_cast<T>(p_.controls.grad_clip)); }
 
-  // d_h of the positions [b, b + count) at step s: of the output, and of the following step or of h_n.
-  void output_gradient(Units units, int64_t s, int64_t b, int count, bool following, T* d_h) const {
-    if (following) hh_.times(units, p_.d_h_gates, p_.steps.row(s + 1, b), count, d_h);
-    for (int r = 0; r < count; ++r) {
-      const int64_t state = p_.steps.state(b + r), place = p_.steps.place(s, b + r);
-      T* product = d_h + r * Panel::kColumns - units.begin;
-      for_each_vector<T>(units.begin, units.end, p_.P, [&](int64_t j, auto lanes) FASTRNN_INLINE {
-        V sum = following ? through_step(s + 1, b + r, j, product, lanes) : load(p_.d_h0 + state * p_.P + j, lanes);
-        if (p_.d_output) sum += load(p_.d_output + place * p_.P + j, lanes);
-        store(product + j, sum);
-      });
+  // Of the s-th step, those that W_hh is multiplied with: [positions, G*H].
+  const R* gate_gradients(int64_t s) const { return p_.d_h_gates + p_.steps.row(s, 0) * Cell::kGates * p_.H; }
+
+  // For the positions [begin, end) at the s-th step, in tiles: calls before(b, count), and f(b, count, d_h) with the
+  // gradient of the units of h, of which those up to going_on have a following step.
+  template <typename Before, typename F>
+  void hidden_gradients(Units units, int64_t s, int64_t begin, int64_t going_on, int64_t end, Before before,
+                        F f) const {
+    if (p_.w_hr) {
+      hr_.times(units, p_.d_projected + p_.steps.row(s, 0) * p_.P, begin, end, before, f);
+    } else {
+      output_gradients(units, s, begin, going_on, end, before, f);
     }
   }
 
-  // With a projection: d_projected = d_h of the projected state. Nothing is carried beside W_hh.
-  void project(Units units, int64_t s, int64_t row_begin, int64_t going_on, int64_t row_end) const {
-    const int64_t first_row = p_.steps.row_begin[p_.steps.time(s)];
-    const auto tiles = [&](int64_t begin, int64_t end, bool following) {
-      for_each_tile(begin, end, kRows, [&](int64_t b, int count) {
-        alignas(64) Tile d_h;
-        output_gradient(units, s, b, count, following, d_h);
-        for (int r = 0; r < count; ++r) {
-          if constexpr (kResetsBefore<Cell>) {
-            finish(units, s, b + r, d_h + r * Panel::kColumns);
-            continue;
-          }
-          for_each_vector<T>(units.begin, units.end, p_.P, [&](int64_t j, auto lanes) {
-            store(p_.d_projected + (first_row + b + r) * p_.P + j, load(d_h + r * Panel::kColumns + j - units.begin),
-                  lanes);
-          });
-          T* const carried = p_.d_h0 + p_.steps.state(b + r) * p_.P;
-          std::fill(carried + units.begin, carried + units.end, T(0));
-        }
-      });
+  // The same of the output: d_output, and what the following step or d_h_n gives.
+  template <typename Before, typename F>
+  void output_gradients(Units units, int64_t s, int64_t begin, int64_t going_on, int64_t end, Before before,
+                        F f) const {
+    const auto add = [&](int64_t b, int count, bool following, T* d_h) {
+      for (int r = 0; r < count; ++r) {
+        const int64_t state = p_.steps.state(b + r), place = p_.steps.place(s, b + r);
+        T* product = d_h + r * Panel::kColumns - units.begin;
+        for_each_vector<T>(units.begin, units.end, p_.P, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+          V sum = following ? through_step(s + 1, b + r, j, product, lanes) : load(p_.d_h0 + state * p_.P + j, lanes);
+          if (p_.d_output) sum += load(p_.d_output + place * p_.P + j, lanes);
+          store(product + j, sum);
+        });
+      }
+      f(b, count, d_h);
     };
-    tiles(row_begin, going_on, true);
-    tiles(going_on, row_end, false);
+    if (begin < going_on) {
+      hh_.times(units, gate_gradients(s + 1), begin, going_on, before,
+                [&](int64_t b, int count, T* d_h) { add(b, count, true, d_h); });
+    }
+    for_each_tile(going_on, end, kRows, [&](int64_t b, int count) {
+      alignas(64) T d_h[kRows * Panel::kColumns];
+      before(b, count);
+      add(b, count, false, d_h);
+    });
+  }
+
+  // With a projection: d_projected = d_h of the projected state. Nothing is carried beside W_hh.
+  void project(Units units, int64_t s, int64_t begin, int64_t going_on, int64_t end) const {
+    output_gradients(units, s, begin, going_on, end, kNothing, [&](int64_t b, int count, const T* d_h) {
+      for (int r = 0; r < count; ++r) {
+        if constexpr (kResetsBefore<Cell>) {
+          finish(units, s, b + r, d_h + r * Panel::kColumns);
+          continue;
+        }
+        for_each_vector<T>(units.begin, units.end, p_.P, [&](int64_t j, auto lanes) {
+          store(p_.d_projected + p_.steps.row(s, b + r) * p_.P + j, load(d_h + r * Panel::kColumns + j - units.begin),
+                lanes);
+        });
+        T* const carried = p_.d_h0 + p_.steps.state(b + r) * p_.P;
+        std::fill(carried + units.begin, carried + units.end, T(0));
+      }
+    });
   }
 
   // Of a cell that resets before: the gradients of n and z from that of h, and what is carried beside the products.

@@ -8,8 +8,10 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
-// Bytes of input gates per chunk and thread: half of a usual L2, the other half is for the weights. And of an only one.
-inline constexpr int64_t kChunkBytes = 512 * 1024, kOnlyChunkBytes = 4 * kChunkBytes;
+// Bytes of input gates per chunk and thread: half of a usual L2, the other half is for the weights. Where W_ih is
+// larger than that, it comes from an outer cache for every chunk, and these are a quarter of it. And of an only chunk.
+inline constexpr int64_t kChunkBytes = 512 * 1024, kMostChunkBytes = 16 * kChunkBytes,
+                         kOnlyChunkBytes = 4 * kChunkBytes;
 
 // S: the type that rows and weights are stored in. Sums, gates and c are of type T. What products read is of type R:
 // where that is not S, a thread widens the rows of a chunk, and those of h once a step.
@@ -106,7 +108,8 @@ class Forward {
       };
       const int64_t gate_bytes = f.panels_ * Gates::kColumns * static_cast<int64_t>(sizeof(T));
       chunk_steps = steps_in(threads * kOnlyChunkBytes, gate_bytes);
-      if (chunk_steps < p.steps.T) chunk_steps = steps_in(threads * kChunkBytes, gate_bytes);
+      const int64_t chunk_bytes = std::clamp(gate_bytes * p.I / threads / 4, kChunkBytes, kMostChunkBytes);
+      if (chunk_steps < p.steps.T) chunk_steps = steps_in(threads * chunk_bytes, gate_bytes);
       if (kWidens<S> && p.w_ih) {
         chunk_steps = std::min(chunk_steps, steps_in(kChunkBytes, p.I * static_cast<int64_t>(sizeof(R))));
       }
@@ -156,13 +159,12 @@ class Forward {
       StepRow* const rows = own.rows.get();
       for (int64_t i = 0; i < count; ++i) rows[i] = step_row(s, lane.begin + i, in_chunk + i, own.wide_h.get(), i);
       const LaneStep at{s, chunk, rows, count};
-      // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
       const auto step_in_panel = [&](Units in_panel) {
         const int64_t place = hh_shares_place_ ? thread : panel_of(in_panel);
         if (hh_shares_place_) w_.hh.pack(in_panel, place);
         step(at, in_panel, place);
       };
-      for_each_panel<Gates>(units, step_in_panel, s % 2 == 0);
+      for_each_panel<Gates>(units, step_in_panel, is_upwards(s));
       if constexpr (kNormalises<Cell>) {
         for (int64_t i = 0; i < count; ++i) finish_row(s, rows[i]);
       }
@@ -260,10 +262,11 @@ class Forward {
 
   // place: where the panel of W_ih lies if it is packed.
   void input_gates(Units units, int64_t place, const Chunk& chunk) const {
+    Ahead ahead = w_.ih.ahead(place + 1);
     for_each_tile(0, chunk.rows, kTileRows<Gates::kVectors>, [&](int64_t first, int count) {
       const R* rows[kMostRows] = {};
       for (int r = 0; r < count; ++r) rows[r] = operand(chunk.input[first + r], chunk.wide_input, first + r, p_.I);
-      w_.ih.times(units, place, count, rows, x_gates(chunk, units, first));
+      w_.ih.times(units, place, count, rows, x_gates(chunk, units, first), ahead);
     });
   }
 
@@ -288,6 +291,9 @@ class Forward {
             p_.controls.reset && p_.controls.reset[place]};
   }
 
+  // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
+  static bool is_upwards(int64_t s) { return s % 2 == 0; }
+
   // The positions of a lane at one step.
   struct LaneStep {
     int64_t s;
@@ -300,11 +306,12 @@ class Forward {
   void step(const LaneStep& at, Units units, int64_t place) const {
     const Chunk& chunk = at.chunk;
     constexpr int kRows = kTileRows<Gates::kVectors>;
+    Ahead ahead = w_.hh.ahead(place + (is_upwards(at.s) ? 1 : -1));
     for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
       alignas(64) T h_gates[kRows * Gates::kColumns];
       const R* operands[kMostRows] = {};
       for (int r = 0; r < count; ++r) operands[r] = at.rows[first + r].operand;
-      w_.hh.times(units, place, count, operands, h_gates);
+      w_.hh.times(units, place, count, operands, h_gates, ahead);
       for (int r = 0; r < count; ++r) {
         const StepRow& row = at.rows[first + r];
         T* h_gates_row = h_gates + r * Gates::kColumns;
@@ -437,11 +444,12 @@ class Forward {
   void project(const LaneStep& at) const {
     constexpr int kRows = kTileRows<Projection::kVectors>;
     for_each_panel<Projection>({0, p_.P}, [&](Units units) {
+      Ahead ahead = w_.hr.ahead(units.begin / Projection::kBlock + 1);
       for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
         const R* rows[kMostRows] = {};
         for (int r = 0; r < count; ++r) rows[r] = m_.get() + at.rows[first + r].b * p_.H;
         alignas(64) T h[kRows * Projection::kColumns];
-        w_.hr.times(units, units.begin / Projection::kBlock, count, rows, h);
+        w_.hr.times(units, units.begin / Projection::kBlock, count, rows, h, ahead);
         for (int r = 0; r < count; ++r) {
           const StepRow& row = at.rows[first + r];
           const bool goes_on = row.b < p_.steps.count(at.s + 1);

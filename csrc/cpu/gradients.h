@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The products over all steps at once that end a backward pass. Compiled once for each instruction set, after tile.h.
+// The products over all steps at once that end a backward pass. Compiled once for each instruction set, after
+// weights.h.
 
 namespace fastrnn::FASTRNN_ISA {
 
@@ -13,15 +14,15 @@ void input_gradient(const InputGradient<S>& p, const ThreadPool& all_threads) {
   const ThreadPool& pool = worth_threads(p.N * p.M * p.I) ? all_threads : kOneThread;
   const Columns<S> w(p.w_ih, p.I, p.M, p.N >= kRowsWorthPacking, pool);
   const auto block_of = [&](int64_t first, int64_t last, Units units) {
-    for_each_tile(first, last, kRows, [&](int64_t n, int count) {
-      alignas(64) T tile[kRows * Panel::kColumns];
-      w.times(units, p.d_gates, n, count, tile);
-      for (int r = 0; r < count; ++r) {
-        for_each_vector<T>(units.begin, units.end, p.I, [&](int64_t j, auto lanes) FASTRNN_INLINE {
-          store(p.d_input[n + r] + j, load(tile + r * Panel::kColumns + j - units.begin), lanes);
+    w.times(
+        units, p.d_gates, first, last, [](int64_t, int) {},
+        [&](int64_t n, int count, const T* sums) {
+          for (int r = 0; r < count; ++r) {
+            for_each_vector<T>(units.begin, units.end, p.I, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+              store(p.d_input[n + r] + j, load(sums + r * Panel::kColumns + j - units.begin), lanes);
+            });
+          }
         });
-      }
-    });
   };
   const ProductShares shares(p.N, kRows, p.I, Panel::kBlock, pool.threads);
   in_parallel(pool, shares.count(), [&](int64_t begin, int64_t end) {
@@ -91,6 +92,10 @@ class WeightGradients {
     // That of a column, counted from the share's first on.
     Word* panel(int64_t column, int64_t depth) const {
       return packed.get() + column / Panel::kBlock * panel_words(depth);
+    }
+    Ahead panel_after(int64_t column, int64_t depth) const {
+      if (column + Panel::kBlock >= columns()) return {};
+      return {panel(column + Panel::kBlock, depth), panel_words(depth), Panel::panels(columns()) * panel_words(depth)};
     }
   };
 
@@ -187,12 +192,13 @@ class WeightGradients {
 
   void add_products(const Share& share, const Block& block) const {
     for_each_panel_of(share, [&](const Weight& weight, Units units, int64_t column) {
+      Ahead ahead = share.panel_after(column, block.depth);
       for_each_tile(0, block.count, kRows, [&](int64_t first, int count) {
         const R* rows[kMaxTileRows];
         for (int r = 0; r < count; ++r) rows[r] = block.gates + (first + r) * block.depth;
         alignas(64) T tile[kRows * Panel::kColumns];
         product_of_units<R, Panel>(units.end - units.begin, count, block.depth, rows, share.panel(column, block.depth),
-                                   Panel::kColumns, nullptr, tile);
+                                   Panel::kColumns, nullptr, tile, ahead);
         for (int r = 0; r < count; ++r) {
           const int64_t m = block.m0 + first + r;
           S* const result = weight.d_weight + m * weight.K;

@@ -138,12 +138,36 @@ FASTRNN_HD void added_before_the_next_row([[maybe_unused]] V& sum) {
 #endif
 }
 
+// The part that later products read of something packed. A product asks for a cache line of it with every word, so that
+// it comes from an outer cache to the second one meanwhile. What is packed may be there already, if it is small.
+class Ahead {
+ public:
+  Ahead() = default;
+  template <typename Word>
+  Ahead(const Word* part, int64_t words, int64_t all_words) {
+    constexpr int64_t kSecondCache = 1 << 20, kBytes = sizeof(Word);
+    if (all_words * kBytes > kSecondCache) next_ = reinterpret_cast<const char*>(part), left_ = words * kBytes;
+  }
+  // The first of as many lines as a product has words, or null.
+  const char* take(int64_t words) {
+    if (left_ <= 0) return nullptr;
+    const char* const lines = next_;
+    next_ += words * kLine, left_ -= words * kLine;
+    return lines;
+  }
+  static constexpr int64_t kLine = 64;
+
+ private:
+  const char* next_ = nullptr;
+  int64_t left_ = 0;
+};
+
 // out [kRows, kVectors*W] = start + rows [kRows, K] * panel [K / kDepth, kVectors*W], the rows of the panel `stride`
-// elements apart: words or, in storage that is widened, values. start: one row for all, or null for zero. Only the
-// first kUsed vectors are read and written.
+// elements apart: words or, in storage that is widened, values. start: one row for all; null for zero; or `out`, which
+// is added to. Only the first kUsed vectors are read and written. ahead: lines to ask for, one a word, or null.
 template <typename R, int kVectors, int kUsed, int kRows, typename Panel>
 void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t stride, const Sum<R>* start,
-                   Sum<R>* out) {
+                   Sum<R>* out, const char* ahead) {
   using M = Multiply<R>;
   using T = Sum<R>;
   using Words = Vec<typename M::Word>;
@@ -151,13 +175,13 @@ void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t 
   // Few sums would wait for each other: even and odd k get sums of their own. All vectors count, so that a unit's sum
   // does not depend on how many are used.
   constexpr int kChains = kRows * kVectors >= 8 ? 1 : 2;
-  Vec<T> sum[kChains][kRows][kUsed];
+  Vec<T> sum[kChains][kRows][kUsed]{};
+  if (start) {
+    const int64_t next_row = start == out ? kVectors * kW : 0;
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kUsed; ++v) {
-      sum[0][r][v] = start ? load(start + v * kW) : Vec<T>{};
-      if constexpr (kChains == 2) sum[1][r][v] = Vec<T>{};
+      for (int v = 0; v < kUsed; ++v) sum[0][r][v] = load(start + r * next_row + v * kW);
     }
   }
   const R* row[kRows];
@@ -193,6 +217,12 @@ void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t 
   };
   const int64_t words = K / M::kDepth;
   int64_t word = 0;
+  if constexpr (kChains == 1 && kRows > 3) {  // with fewer rows the product itself waits for memory
+    for (; ahead && word < words; ++word) {
+      __builtin_prefetch(ahead + word * Ahead::kLine, 0, 2);
+      add(0, word, M::kDepth);
+    }
+  }
   for (; word + kChains <= words; word += kChains) {
 #pragma GCC unroll 2
     for (int c = 0; c < kChains; ++c) add(c, word + c, M::kDepth);
@@ -211,24 +241,24 @@ void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t 
 
 template <typename R, int kVectors, int kUsed = kVectors, int kRows = kTileRows<kVectors>, typename Panel>
 void product(int count, int64_t K, const R* const* rows, const Panel* panel, int64_t stride, const Sum<R>* start,
-             Sum<R>* out) {
+             Sum<R>* out, const char* ahead) {
   if (count == kRows) {
-    product_exact<R, kVectors, kUsed, kRows>(K, rows, panel, stride, start, out);
+    product_exact<R, kVectors, kUsed, kRows>(K, rows, panel, stride, start, out, ahead);
   } else if constexpr (kRows > 1) {
-    product<R, kVectors, kUsed, kRows - 1>(count, K, rows, panel, stride, start, out);
+    product<R, kVectors, kUsed, kRows - 1>(count, K, rows, panel, stride, start, out, ahead);
   }
 }
 // With a panel of Shape, or its part from some unit on, from which on there are `units`: vectors of a panel of one gate
 // that hold none of them are left out.
 template <typename R, typename Shape, int kUsed = Shape::kVectors, typename Panel>
 void product_of_units(int64_t units, int count, int64_t K, const R* const* rows, const Panel* panel, int64_t stride,
-                      const Sum<R>* start, Sum<R>* out) {
+                      const Sum<R>* start, Sum<R>* out, Ahead& ahead) {
   if constexpr (Shape::kGates == 1 && kUsed > 1) {
     if (units <= (kUsed - 1) * kWidth<Sum<R>>) {
-      return product_of_units<R, Shape, kUsed - 1>(units, count, K, rows, panel, stride, start, out);
+      return product_of_units<R, Shape, kUsed - 1>(units, count, K, rows, panel, stride, start, out, ahead);
     }
   }
-  product<R, Shape::kVectors, kUsed>(count, K, rows, panel, stride, start, out);
+  product<R, Shape::kVectors, kUsed>(count, K, rows, panel, stride, start, out, ahead.take(words_of<R>(K)));
 }
 
 // Lane i: the sum of the lanes of v[i]. v is used up.
@@ -377,59 +407,6 @@ void product_unpacked(int count, int64_t K, const Operand<S>* const* rows, const
     });
   }
 }
-
-// A matrix w [K, columns] to multiply rows with from the left. All its panels are packed; or, where few rows come, only
-// a last one that is not full, the others being read where they are.
-template <typename S>
-class Columns {
- public:
-  using Panel = PanelShape<Sum<S>, 1>;
-
-  Columns() = default;
-  Columns(const S* w, int64_t columns, int64_t K, bool pack, const ThreadPool& pool) : w_(w), columns_(columns), K_(K) {
-    const bool all = pack || Multiply<S>::kDepth > 1;  // no row of w holds words of several rows
-    first_packed_ = all ? 0 : columns / Panel::kBlock;
-    const int64_t first_column = first_packed_ * Panel::kBlock, to_pack = columns - first_column;
-    packed_ = Buffer<WordOf<S>>(Panel::panels(to_pack) * words_of<S>(K) * Panel::kColumns);
-    constexpr int64_t kRowBlock = 64;  // whole words
-    const ThreadPool& packers = all ? pool : kOneThread;
-    const ProductShares shares(K, kRowBlock, to_pack, Panel::kBlock, packers.threads);
-    in_parallel(packers, shares.count(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const ProductShares::Share share = shares[i];
-        const int64_t k0 = share.row_begin;
-        for_each_panel<Panel>({first_column + share.column_begin, first_column + share.column_end}, [&](Units units) {
-          const auto row = [&](int64_t k) { return w + (k0 + k) * columns + units.begin; };
-          pack_columns<S>(share.row_end - k0, units.end - units.begin, row,
-                          packed(units) + words_of<S>(k0) * Panel::kColumns);
-        });
-      }
-    });
-  }
-
-  // out [count, kBlock] = rows from first_row on of a matrix [.., K] * the columns of these units.
-  void times(Units units, const Operand<S>* from, int64_t first_row, int count, Sum<S>* out) const {
-    using R = Operand<S>;
-    const R* rows[kMaxTileRows];
-    for (int r = 0; r < count; ++r) rows[r] = from + (first_row + r) * K_;
-    const int64_t width = units.end - units.begin;
-    if (units.begin >= first_packed_ * Panel::kBlock) {
-      product_of_units<R, Panel>(width, count, K_, rows, packed(units), Panel::kColumns, nullptr, out);
-    } else if constexpr (Multiply<S>::kDepth == 1) {
-      product_of_units<R, Panel>(width, count, K_, rows, w_ + units.begin, columns_, nullptr, out);
-    }
-  }
-
- private:
-  WordOf<S>* packed(Units units) const {  // from their first on
-    const int64_t panel = units.begin / Panel::kBlock - first_packed_;
-    return packed_.get() + panel * words_of<S>(K_) * Panel::kColumns + units.begin % Panel::kBlock;
-  }
-
-  const S* w_ = nullptr;
-  int64_t columns_ = 0, K_ = 0, first_packed_ = 0;
-  Buffer<WordOf<S>> packed_;  // [panels from first_packed on, words of K, kBlock]
-};
 
 // Calls f(first row, rows) over [begin, end) in tiles of at most `most` rows, of sizes as even as can be: 6, 5, 5 is
 // faster than 6, 6, 4.

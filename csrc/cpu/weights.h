@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The weights that a forward pass multiplies rows with: packed before the calls of a layer, in the call, or read where
-// they are. Compiled once for each instruction set, after tile.h.
+// The weights that rows are multiplied with, W x or, backwards, x W: packed before the calls of a layer, in the call,
+// or read where they are. Compiled once for each instruction set, after tile.h.
 
 namespace fastrnn::FASTRNN_ISA {
 
@@ -18,12 +18,14 @@ class Weight {
   // Reads panels that pack_to() packed.
   void take(const Word* packed) {
     packed_ = w_ ? packed : nullptr;
+    places_ = panels();
     pack_bias();
   }
   // Room for panels that pack() packs: for all of them, or for some that take turns.
   void make_room(int64_t places) {
     room_ = Buffer<Word>(places * panel_words());
     packed_ = room_.get();
+    places_ = places;
     pack_bias();
   }
   // Packs the panels of these units, the first of them at `place`, where there is room.
@@ -34,13 +36,19 @@ class Weight {
     if (w_) pack_gates<S, kGates>(w_, units_, K_, {0, units_}, packed);
   }
 
+  // The packed panel at a place, if there is one.
+  Ahead ahead(int64_t place) const {
+    if (!packed_ || place < 0 || place >= places_) return {};
+    return {packed_ + place * panel_words(), panel_words(), places_ * panel_words()};
+  }
+
   // out [count, G*kBlock] = bias + rows * some units of a panel, which lies at `place` if it is packed.
-  void times(Units units, int64_t place, int count, const Operand<S>* const* rows, Sum<S>* out) const {
+  void times(Units units, int64_t place, int count, const Operand<S>* const* rows, Sum<S>* out, Ahead& ahead) const {
     if (packed_) {
       const int64_t panel = units.begin / Shape::kBlock, column = units.begin % Shape::kBlock;
       const Sum<S>* bias = packed_bias_.get() ? packed_bias_.get() + panel * Shape::kColumns + column : nullptr;
       product_of_units<Operand<S>, Shape>(units.end - units.begin, count, K_, rows,
-                                          packed_ + place * panel_words() + column, Shape::kColumns, bias, out);
+                                          packed_ + place * panel_words() + column, Shape::kColumns, bias, out, ahead);
     } else {
       product_unpacked<S, kGates>(count, K_, rows, w_, bias_, units_, units, out);
     }
@@ -58,7 +66,8 @@ class Weight {
   const S* w_ = nullptr;
   const Sum<S>* bias_ = nullptr;
   int64_t units_ = 0, K_ = 0;
-  Buffer<Word> room_;             // [places, words of K, G*kBlock]
+  Buffer<Word> room_;  // [places, words of K, G*kBlock]
+  int64_t places_ = 0;
   const Word* packed_ = nullptr;  // so too, or [panels, ..]; null where the weight is read where it is
   Buffer<Sum<S>> packed_bias_;    // [panels, G*kBlock]
 };
@@ -86,6 +95,97 @@ struct Weights {
     hh.take(block + ih.words());
     hr.take(block + ih.words() + hh.words());
   }
+};
+
+// A matrix w [K, columns] to multiply rows with from the left. All its panels are packed; or, where few rows come, only
+// a last one that is not full, the others being read where they are.
+template <typename S>
+class Columns {
+ public:
+  using Panel = PanelShape<Sum<S>, 1>;
+
+  Columns() = default;
+  Columns(const S* w, int64_t columns, int64_t K, bool pack, const ThreadPool& pool) : w_(w), columns_(columns), K_(K) {
+    const bool all = pack || Multiply<S>::kDepth > 1;  // no row of w holds words of several rows
+    first_packed_ = all ? 0 : columns / Panel::kBlock;
+    const int64_t first_column = first_packed_ * Panel::kBlock, to_pack = columns - first_column;
+    packed_ = Buffer<WordOf<S>>(Panel::panels(to_pack) * words_of<S>(K) * Panel::kColumns);
+    constexpr int64_t kRowBlock = 64;  // whole words
+    const ThreadPool& packers = all ? pool : kOneThread;
+    const ProductShares shares(K, kRowBlock, to_pack, Panel::kBlock, packers.threads);
+    in_parallel(packers, shares.count(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const ProductShares::Share share = shares[i];
+        const int64_t k0 = share.row_begin;
+        for_each_panel<Panel>({first_column + share.column_begin, first_column + share.column_end}, [&](Units units) {
+          const auto row = [&](int64_t k) { return w + (k0 + k) * columns + units.begin; };
+          pack_columns<S>(share.row_end - k0, units.end - units.begin, row,
+                          packed(units) + words_of<S>(k0) * Panel::kColumns);
+        });
+      }
+    });
+  }
+
+  // For the rows [begin, end) of a matrix `from` [.., K], in tiles: calls before(first, count), and after the product
+  // f(first, count, out), out [count, kBlock] = the tile * the columns of these units.
+  template <typename Before, typename F>
+  void times(Units units, const Operand<S>* from, int64_t begin, int64_t end, Before before, F f) const {
+    constexpr int kRows = kTileRows<Panel::kVectors>, kTiles = 16;
+    alignas(64) Sum<S> sums[kTiles * kRows * Panel::kColumns];
+    for (int64_t b = begin; b < end; b += kTiles * kRows) {
+      const int64_t last = std::min(end, b + kTiles * kRows);
+      // Tiles share a part of the panel, as long as it stays in L2 with their rows; their sums wait for the next one.
+      const int64_t parts = last - b > kRows ? (words_of<S>(K_) + kWordsOfPart - 1) / kWordsOfPart : 1;
+      const int64_t depth = (words_of<S>(K_) + parts - 1) / parts * Multiply<S>::kDepth;
+      for (int64_t k = 0; k < K_; k += depth) {
+        const bool is_last = k + depth >= K_;
+        Ahead ahead = part_after(units, std::min(K_, k + depth), depth);
+        for_each_tile(b, last, kRows, [&](int64_t first, int count) {
+          Sum<S>* const out = parts == 1 ? sums : sums + (first - b) * Panel::kColumns;
+          if (is_last) before(first, count);
+          times(units, from + first * K_, count, k, std::min(K_, k + depth), out, ahead);
+          if (is_last) f(first, count, out);
+        });
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kWordsOfPart = 1024;
+
+  // Adds what the columns [k, end) of the rows give, from k = 0 on.
+  void times(Units units, const Operand<S>* from, int count, int64_t k, int64_t end, Sum<S>* out, Ahead& ahead) const {
+    using R = Operand<S>;
+    const R* rows[kMaxTileRows];
+    for (int r = 0; r < count; ++r) rows[r] = from + r * K_ + k;
+    const Sum<S>* const start = k > 0 ? out : nullptr;
+    const int64_t width = units.end - units.begin;
+    if (units.begin >= first_packed_ * Panel::kBlock) {
+      const WordOf<S>* const part = packed(units) + words_of<S>(k) * Panel::kColumns;
+      product_of_units<R, Panel>(width, count, end - k, rows, part, Panel::kColumns, start, out, ahead);
+    } else if constexpr (Multiply<S>::kDepth == 1) {
+      product_of_units<R, Panel>(width, count, end - k, rows, w_ + k * columns_ + units.begin, columns_, start, out,
+                                 ahead);
+    }
+  }
+
+  // Of packed panels the part from a row on, or the first one of the panel that follows.
+  Ahead part_after(Units units, int64_t k, int64_t depth) const {
+    const int64_t panel = units.begin / Panel::kBlock - first_packed_;
+    if (panel < 0) return {};
+    const int64_t all = (Panel::panels(columns_) - first_packed_) * words_of<S>(K_) * Panel::kColumns;
+    const int64_t begin = (panel * words_of<S>(K_) + words_of<S>(k)) * Panel::kColumns;
+    return {packed_.get() + begin, std::min(words_of<S>(depth) * Panel::kColumns, all - begin), all};
+  }
+
+  WordOf<S>* packed(Units units) const {  // from their first on
+    const int64_t panel = units.begin / Panel::kBlock - first_packed_;
+    return packed_.get() + panel * words_of<S>(K_) * Panel::kColumns + units.begin % Panel::kBlock;
+  }
+
+  const S* w_ = nullptr;
+  int64_t columns_ = 0, K_ = 0, first_packed_ = 0;
+  Buffer<WordOf<S>> packed_;  // [panels from first_packed on, words of K, kBlock]
 };
 
 }  // namespace fastrnn::FASTRNN_ISA
