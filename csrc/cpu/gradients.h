@@ -47,12 +47,13 @@ class WeightGradients {
       : p_(p),
         second_column_(Panel::panels(columns(p.first)) * Panel::kBlock),
         columns_(second_column_ + columns(p.second)),
+        block_rows_(block_rows(p.M * columns_)),
         pool_(worth_threads(p.N * p.M * columns_) ? pool : kOneThread) {}
 
   void run() const {
     const ProductShares split(p_.M, kW, columns_, Panel::kBlock, pool_.threads, kTranspose, kPack);
     std::vector<Share> shares;
-    for (int64_t i = 0; i < split.count(); ++i) shares.emplace_back(split[i], p_.N);
+    for (int64_t i = 0; i < split.count(); ++i) shares.emplace_back(split[i], p_.N, block_rows_);
     in_parallel(pool_, split.count(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) run_share(shares[i]);
     });
@@ -67,7 +68,9 @@ class WeightGradients {
   using Weight = typename WeightGradient<S>::Weight;
   static constexpr int kW = kWidth<T>;
   static constexpr int kRows = kTileRows<Panel::kVectors>;
-  static constexpr int64_t kRowsPerBlock = 384 * M::kDepth;
+  // Rows of N that a block takes. Large gradients are in memory, where each block adds to them: fewer, longer blocks.
+  static constexpr int64_t kMostRows = 768 * M::kDepth, kManyWeights = 4 << 20;
+  static int64_t block_rows(int64_t weights) { return weights > kManyWeights ? kMostRows : kMostRows / 2; }
   // Rows of d_weight whose d_gates are transposed at a time: whole squares and, if possible, tiles.
   static constexpr int64_t kGroup = 48;
   static_assert(kGroup % kW == 0);
@@ -80,11 +83,12 @@ class WeightGradients {
     Buffer<T> bias;       // [rows]  sums over the blocks so far
     Buffer<T> sums;       // [rows, columns]  likewise, if the results are of 16 bits
 
-    Share(const ProductShares::Share& share, int64_t N)
+    // block: rows of N in one.
+    Share(const ProductShares::Share& share, int64_t N, int64_t block)
         : ProductShares::Share(share),
-          packed(Panel::panels(columns()) * panel_words(std::min(N, kRowsPerBlock))),
+          packed(Panel::panels(columns()) * panel_words(std::min(N, block))),
           bias(rows()) {
-      if (kNarrows && N > kRowsPerBlock) sums = Buffer<T>(rows() * columns());
+      if (kNarrows && N > block) sums = Buffer<T>(rows() * columns());
     }
     int64_t rows() const { return row_end - row_begin; }
     int64_t columns() const { return column_end - column_begin; }
@@ -119,14 +123,14 @@ class WeightGradients {
   }
 
   void run_share(const Share& share) const {
-    for (int64_t n0 = 0; n0 < p_.N; n0 += kRowsPerBlock) {
-      const int64_t depth = std::min(kRowsPerBlock, p_.N - n0);
+    for (int64_t n0 = 0; n0 < p_.N; n0 += block_rows_) {
+      const int64_t depth = std::min(block_rows_, p_.N - n0);
       for_each_panel_of(share, [&](const Weight& weight, Units units, int64_t column) {
         const auto row = [&](int64_t n) { return weight.rows[n0 + n] + units.begin; };
         pack_columns<S>(depth, units.end - units.begin, row, share.panel(column, depth));
       });
       for_each_tile(share.row_begin / kW, (share.row_end + kW - 1) / kW, kGroup / kW, [&](int64_t first, int squares) {
-        alignas(64) R gates[kGroup * kRowsPerBlock];
+        alignas(64) R gates[kGroup * kMostRows];
         const int64_t m0 = first * kW;
         const Block block{n0, depth, m0, std::min<int64_t>(squares * kW, share.row_end - m0), gates};
         transpose_gates(block, gates);
@@ -225,7 +229,7 @@ class WeightGradients {
   }
 
   const WeightGradient<S>& p_;
-  const int64_t second_column_, columns_;
+  const int64_t second_column_, columns_, block_rows_;
   const ThreadPool& pool_;
 };
 
