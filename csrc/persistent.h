@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The seam of the CUDA path "persistent": one launch runs one layer in one direction over the whole sequence, or two of
-// the same sizes that do not wait for each other: the two directions of a layer. Letters, types and layouts are those
-// of kernels.h; there is no projection, so P == H.
+// the same sizes that do not wait for each other: the two directions of a layer, or two layers of a stack, each at a
+// chunk of its own. Letters, types and layouts are those of kernels.h; there is no projection, so P == H.
 #pragma once
 
 #include "cuda_plan.h"
@@ -11,7 +11,7 @@ namespace fastrnn {
 
 // Where the steps live, as in Steps, on the device.
 struct DeviceSteps {
-  int64_t T, B;
+  int64_t B;
   const int64_t* row_begin;  // [T + 1], or null: dense, T*B rows
 };
 
@@ -21,6 +21,7 @@ struct PersistentForward {
   int64_t H;
   PersistentTiling tiling;
   struct Layer {
+    int64_t T;  // packed: the same for all
     bool reverse;
     // inputs
     const scalar_t* x_gates;  // [N, G*H]
@@ -47,6 +48,7 @@ struct PersistentBackward {
   int64_t H;
   PersistentTiling tiling;
   struct Layer {
+    int64_t T;  // packed: the same for all
     bool reverse;
     // inputs
     const scalar_t* w_hh;         // [G*H, H]

@@ -61,6 +61,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeImplicitAutograd, m) {
   m.impl("allows_tf32", TORCH_BOX(&environment_allows_tf32));
 }
 
+// Whether products of fp32 are made in tf32: the switch is asked where it matters alone.
+inline bool takes_tf32(const CudaProblem& p, const CudaDevice& device, const CudaForce& force) {
+  return p.arithmetic == Arithmetic::fp32 && !reason_for_gates(p, device, force) &&
+         call<bool>("fastrnn::allows_tf32", "");
+}
+
 inline void check_no_failure() {
   uint32_t* word = failure_word();
   if (!word || *static_cast<volatile uint32_t*>(word) == 0) return;
@@ -113,20 +119,22 @@ struct PersistentPath : GatesPath<Cell> {
   using C = Cell<float>;
   using Gates = GatesPath<Cell>;
 
-  // Two layers that do not wait for each other run at once where they agree in all that the kernels are told once.
+  // Two layers that do not wait for each other run at once where they agree in all that the kernels are told once. Of a
+  // packed sequence the kernels are told the place of each step.
   static constexpr bool kRunsBoth = kIsTorchCell<Cell>;
   static bool runs_both(const Layer& a, const Layer& b) {
     const auto facts = [](const Layer& l) {
       return std::tuple(l.storage, l.input.get_device_index(), l.input.dim(), l.B, l.H, l.w_hr.has_value());
     };
-    return facts(a) == facts(b) && a.row_begin == b.row_begin && !a.is_controlled && !b.is_controlled;
+    const bool same_steps = a.input.dim() == 3 || a.row_begin == b.row_begin;
+    return facts(a) == facts(b) && same_steps && !a.is_controlled && !b.is_controlled;
   }
 
   static ForwardResult forward(const Layer& l, bool save, bool cells) {
     if constexpr (kIsTorchCell<Cell>) {
       if (auto r = run_forward(std::array{&l}, save, cells)) return std::move((*r)[0]);
     } else {
-      plan_for(l, cells, Pass::forward, 1);  // raises where the path is forced
+      plan_for(std::array{&l}, cells, Pass::forward);  // raises where the path is forced
     }
     return Gates::forward(l, save, cells);
   }
@@ -140,7 +148,7 @@ struct PersistentPath : GatesPath<Cell> {
     if constexpr (kIsTorchCell<Cell>) {
       if (auto g = run_backward(std::array{&l}, std::array{&saved}, std::array{&d})) return std::move((*g)[0]);
     } else {
-      plan_for(l, d.cells.has_value(), Pass::backward, 1);
+      plan_for(std::array{&l}, d.cells.has_value(), Pass::backward);
     }
     return Gates::backward(l, saved, d, need_states);
   }
@@ -159,7 +167,7 @@ struct PersistentPath : GatesPath<Cell> {
                                                                  bool cells) {
     const Layer& first = *layers[0];
     const OnDevice device(first.input);
-    const CudaPlan plan = plan_for(first, cells, Pass::forward, n);
+    const CudaPlan plan = plan_for(layers, cells, Pass::forward);
     if (plan.path != CudaPath::persistent) return std::nullopt;
     check_no_failure();
     const ScalarType t = first.storage;
@@ -185,6 +193,7 @@ struct PersistentPath : GatesPath<Cell> {
         const Layer& l = *layers[i];
         const ForwardResult& r = results[i];
         auto& to = p.layers[i];
+        to.T = l.T;
         to.reverse = l.steps.reverse;
         to.x_gates = in<T>(x_gates[i]);
         to.w_hh = in<T>(l.w_hh);
@@ -210,7 +219,7 @@ struct PersistentPath : GatesPath<Cell> {
     const Layer& first = *layers[0];
     const OnDevice device(first.input);
     const bool cells = std::any_of(d.begin(), d.end(), [](const ResultGradients* d) { return d->cells.has_value(); });
-    const CudaPlan plan = plan_for(first, cells, Pass::backward, n);
+    const CudaPlan plan = plan_for(layers, cells, Pass::backward);
     if (plan.path != CudaPath::persistent) return std::nullopt;
     check_no_failure();
     const ScalarType t = first.storage;
@@ -237,6 +246,7 @@ struct PersistentPath : GatesPath<Cell> {
         const ForwardResult& r = *saved[i];
         const GateGradients& g = results[i];
         auto& to = p.layers[i];
+        to.T = l.T;
         to.reverse = l.steps.reverse;
         to.w_hh = in<T>(l.w_hh);
         to.h0 = in<T>(l.h0);
@@ -258,19 +268,19 @@ struct PersistentPath : GatesPath<Cell> {
     return results;
   }
 
-  // Of one launch for that many layers like this one: two may have none where each alone has one.
-  static CudaPlan plan_for(const Layer& l, bool cells, Pass pass, int layers) {
+  // Of one launch: two layers may have none where each alone has one.
+  template <size_t n>
+  static CudaPlan plan_for(const std::array<const Layer*, n>& layers, bool cells, Pass pass) {
     const CudaForce force = forced_by_environment();
     const CudaDevice device = cuda_device();
-    CudaProblem p{l.T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass, layers};
-    if (p.arithmetic == Arithmetic::fp32 && !reason_for_gates(p, device, force) &&
-        call<bool>("fastrnn::allows_tf32", "")) {
-      p.arithmetic = Arithmetic::tf32;
-    }
+    const Layer& l = *layers[0];
+    const int64_t T = std::max(l.T, layers[n - 1]->T);
+    CudaProblem p{T, l.B, l.H, C::kGates, C::kStates, l.w_hr.has_value(), arithmetic(l.storage), pass, n};
+    if (takes_tf32(p, device, force)) p.arithmetic = Arithmetic::tf32;
     CudaPlan plan = plan_cuda(p, device, force);
     if (!kIsTorchCell<Cell>) plan = {CudaPath::gates, "this cell has no persistent kernel"};
     if (l.is_controlled || cells) plan = {CudaPath::gates, "persistent kernels leave the states alone"};
-    check(plan.path == CudaPath::persistent || force.path != CudaPath::persistent || layers > 1,
+    check(plan.path == CudaPath::persistent || force.path != CudaPath::persistent || n > 1,
           "fastrnn: FASTRNN_PATH=persistent cannot serve this layer: ", plan.reason);
     return plan;
   }
@@ -302,7 +312,7 @@ struct PersistentPath : GatesPath<Cell> {
     // The parameters of a pass, but for its layers.
     template <typename Parameters>
     void fill(Parameters& p, const Layer& first, const PersistentTiling& tiling) const {
-      p.steps = {first.T, first.B, in<int64_t>(row_begin)};
+      p.steps = {first.B, in<int64_t>(row_begin)};
       p.H = first.H;
       p.tiling = tiling;
       p.exchange = out<void>(exchange);

@@ -321,11 +321,16 @@ FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
         "a sign of a sum": ("mine + __shfl_xor_sync(~0u, other, 2)", "mine - other", WRONG, "float32"),
     },
     "cuda/persistent_forward.cuh": {
+        "another layer's steps": (
+            "{ return own.T; }",
+            "{ return p.layers[tiling.layers - 1].T; }",
+            *(WRONG, "both_lengths"),
+        ),
         "no initial state": ("return row < p.steps.B ? load", "return row < 0 ? load", WRONG, "grade1"),
     },
     "cuda/persistent_backward.cuh": {
         "rows of W": ("+ slot) * p.H + unit]", "+ slot) + unit * p.H]", WRONG, "grade1"),
-        "no product for h0": ("{ return T + 1; }", "{ return T; }", WRONG, "grade1"),
+        "no product for h0": ("{ return own.T + 1; }", "{ return own.T; }", WRONG, "grade1"),
         "a step of a row without one": ("s >= 0 && mine.row < rows.count) step", "s >= 0) step", BEYOND, "packed"),
     },
     "cuda_plan.h": {

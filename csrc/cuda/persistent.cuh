@@ -39,8 +39,9 @@ static_assert(kBatch == 16 && kThreads % 32 == 0);
 struct StepRows {
   int64_t begin, count;
 
-  __device__ StepRows(const DeviceSteps& steps, bool reverse, int64_t s) {
-    const int64_t t = reverse ? steps.T - 1 - s : s;
+  template <class Layer>
+  __device__ StepRows(const DeviceSteps& steps, const Layer& layer, int64_t s) {
+    const int64_t t = layer.reverse ? layer.T - 1 - s : s;
     begin = steps.row_begin ? steps.row_begin[t] : t * steps.B;
     count = steps.row_begin ? steps.row_begin[t + 1] - begin : steps.B;
   }
@@ -80,7 +81,7 @@ __device__ __forceinline__ float total(const Tiling& tiling, const float* sums, 
 
 // What passes have in common. A pass says what is multiplied and what becomes of the products:
 //   Params, kPass, kVectors: exchanged packets for each packet of units
-//   rounds(T)              products one after the other
+//   rounds()               products one after the other
 //   weight(row, packet)    what multiplies a packet, for a row of the block's share
 //   initial(tile, at)      a packet of the first round
 //   prefetch(round, tile)  loads what finish will need, while the exchange is under way
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
   for (int i = 0; i < Tiling::kStages && my_streamed > 0; ++i) ask(tiling.groups_in_shared + i, on_chip + i);
 
   const int column_tiles = tiling.columns() / 8;
-  for (int64_t round = 0; round < Pass::rounds(p.steps.T); ++round) {
+  for (int64_t round = 0; round < pass.rounds(); ++round) {
     for (int tile = 0; tile < tiling.batch_tiles(); ++tile) {
       pass.prefetch(round, tile);
       typename Products::Sum sum[kTiles][kColumnTiles] = {};
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
       __syncthreads();
       pass.finish(round, tile, round_sums, exchange);
     }
-    if (round + 1 < Pass::rounds(p.steps.T)) exchange.end_round();
+    if (round + 1 < pass.rounds()) exchange.end_round();
   }
   cp_async_wait<0>();
   pass.end();

@@ -31,7 +31,7 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>, 
   };
   Loaded loaded[kItems];
 
-  static __device__ __forceinline__ int64_t rounds(int64_t T) { return T + 1; }
+  __device__ __forceinline__ int64_t rounds() const { return own.T + 1; }
 
   __device__ BackwardPass(const Params& p, const Place& place, float* states, float* /*biases*/)
       : Base(p, place, states) {
@@ -54,10 +54,10 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>, 
   __device__ Packet initial(int /*tile*/, int /*at*/) const { return {}; }
 
   __device__ __forceinline__ void prefetch(int64_t round, int tile) {
-    const int64_t s = p.steps.T - 1 - round;
+    const int64_t s = own.T - 1 - round;
     if (s < 0) return;
-    const StepRows rows(p.steps, own.reverse, s);
-    const StepRows before(p.steps, own.reverse, s > 0 ? s - 1 : 0);
+    const StepRows rows(p.steps, own, s);
+    const StepRows before(p.steps, own, s > 0 ? s - 1 : 0);
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
@@ -84,8 +84,8 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>, 
 
   template <class Exchange>
   __device__ __forceinline__ void finish(int64_t round, int tile, const float* sums, const Exchange& exchange) {
-    const int64_t s = p.steps.T - 1 - round;
-    const StepRows rows(p.steps, own.reverse, s < 0 ? 0 : s);
+    const int64_t s = own.T - 1 - round;
+    const StepRows rows(p.steps, own, s < 0 ? 0 : s);
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;

@@ -24,7 +24,7 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>, Pr
   float* biases;  // [G, packets_per_block * slots]
   scalar_t x_gates[kItems][C::kGates];
 
-  static __device__ __forceinline__ int64_t rounds(int64_t T) { return T; }
+  __device__ __forceinline__ int64_t rounds() const { return own.T; }
 
   __device__ ForwardPass(const Params& p, const Place& place, float* states, float* biases)
       : Base(p, place, states), biases(biases) {
@@ -51,7 +51,7 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>, Pr
   }
 
   __device__ __forceinline__ void prefetch(int64_t round, int tile) {
-    const StepRows rows(p.steps, own.reverse, round);
+    const StepRows rows(p.steps, own, round);
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;
@@ -66,8 +66,8 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>, Pr
 
   template <class Exchange>
   __device__ __forceinline__ void finish(int64_t round, int tile, const float* sums, const Exchange& exchange) {
-    const StepRows rows(p.steps, own.reverse, round);
-    const bool last = round + 1 == p.steps.T;
+    const StepRows rows(p.steps, own, round);
+    const bool last = round + 1 == own.T;
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int i = n * kThreads + threadIdx.x;

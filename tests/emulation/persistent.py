@@ -13,16 +13,18 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
-from parity import CELLS, GATES, Case, LayerCase, check_layer_parity, check_second_order, draw, run
+from parity import CELLS, GATES, OPS, Case, LayerCase, check_layer_parity, check_second_order, draw, run
 from tolerances import error
 from torch import Tensor
 
 import fastrnn
 from fastrnn import _C, _library, ops, reference
+from fastrnn.autograd import side_by_side
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -59,18 +61,18 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
 
 
+def force_tiling(monkeypatch: pytest.MonkeyPatch, tiling: Tiling) -> None:
+    """Forces the persistent path with a tiling; where it cannot serve, the op raises."""
+    if tiling.grade == 2 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters came with compute capability 9.0")
+    monkeypatch.setenv("FASTRNN_PATH", "persistent")
+    for name, value in tiling._asdict().items():
+        monkeypatch.setenv(f"FASTRNN_PERSISTENT_{name.upper()}", str(value))
+
+
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Force:
-    """Forces the persistent path with a tiling; where it cannot serve, the op raises."""
-
-    def set_environment(tiling: Tiling) -> None:
-        if tiling.grade == 2 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
-            pytest.skip("clusters came with compute capability 9.0")
-        monkeypatch.setenv("FASTRNN_PATH", "persistent")
-        for name, value in tiling._asdict().items():
-            monkeypatch.setenv(f"FASTRNN_PERSISTENT_{name.upper()}", str(value))
-
-    return set_environment
+    return partial(force_tiling, monkeypatch)
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
@@ -144,6 +146,39 @@ def test_both_directions(cell, layout, tiling, force, monkeypatch, device):
     for ours, expected in zip(together, run(case, module, *tensors), strict=True):
         for name in expected:
             assert torch.equal(ours[name], expected[name]), name
+
+
+def launches(call: Callable[[], object]) -> int:
+    """With a tiling of grade 3 each begins with a zero in the memory through which blocks exchange states."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return sum(event.name == "aten::zero_" for event in profile.events())
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_both_lengths(cell, tiling, force, device):
+    """Two layers in one launch, each with steps of its own, and one that is asked for all gradients: the same bits."""
+    force(tiling)
+    op, options = OPS[cell]
+
+    def run(run_all: Callable[..., list[tuple[Tensor, ...]]], *lengths: int) -> list[Tensor]:
+        layers, leaves = [], []
+        for T in lengths:
+            arguments = drawn(LayerCase(cell, T, 3, 5, 21), device)
+            arguments.pop("w_hr", None)
+            leaves += [
+                tensor.requires_grad_() for name, tensor in arguments.items() if T > 2 or name not in ("h0", "c0")
+            ]
+            layers.append(partial(getattr(ops, op), *arguments.values(), reverse=True, **options))
+        outputs = [output for results in run_all(*layers) for output in results]
+        return outputs + list(torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs]))
+
+    for lengths in ((4, 2), (2, 4)):
+        alone = run(lambda *layers: [layer() for layer in layers], *lengths)
+        for ours, expected in zip(run(side_by_side, *lengths), alone, strict=True):
+            assert torch.equal(ours, expected)
+        assert launches(lambda lengths=lengths: run(side_by_side, *lengths)) == (2 if tiling.grade == 3 else 0)
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
