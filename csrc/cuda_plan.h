@@ -39,7 +39,8 @@ struct CudaDevice {
   // Of 2, 4, 8 and 16 blocks that have a multiprocessor each: how many run at once. A cluster lies within one of the
   // parts that a device is made of, so multiprocessors are left over, and devices differ in how large their parts are.
   std::array<int, 4> clusters;
-  bool measured = false;  // whether persistent kernels have been timed on devices of this class
+  bool measured = false;             // whether persistent kernels have been timed on devices of this class
+  bool wavefronts_measured = false;  // and wavefronts of them
 
   int teams_at_once(int grade, int blocks) const {
     if (grade != 2) return multiprocessors / blocks;
@@ -57,6 +58,7 @@ struct CudaForce {
   int blocks = 0;             // of a team; 0: as few as hold the weights
   int teams = 0;              // at most; 0: as many as the device has room for
   int groups_in_shared = -1;  // at most, of a warp; -1: as many as shared memory has room for
+  int chunks = 0;             // of a wavefront; 1: none; 0: as the plan finds
 };
 
 // How the persistent kernels share a layer. Hidden states travel in packets of 16 bytes: units_per_packet neighbouring
@@ -331,7 +333,7 @@ inline CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const 
     alone.layers = 1;
     const auto t = persistent_tiling(alone, device, force);
     if (t && p.layers * pass_cycles(*t, alone, device) < pass_cycles(*tiling, p, device)) {
-      return {CudaPath::gates, "one direction after the other is faster"};
+      return {CudaPath::gates, "one after the other is faster"};
     }
   }
   std::string reason = force.path ? "forced" : "it is estimated to be the faster path";
@@ -345,6 +347,61 @@ inline CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const 
   }
   if (tiling->groups_streamed() > 0) reason += "; a part of the recurrent weight is read from L2 at each step";
   return {CudaPath::persistent, reason, *tiling, p.arithmetic};
+}
+
+// Two layers of a stack as a wavefront over chunks of time: while the upper one runs a chunk, the lower one runs the
+// next, in the same launch.
+struct Wavefront {
+  int64_t steps;  // of a chunk; 0: one layer after the other
+  std::string reason;
+};
+
+// PROVISIONAL. Of a wave, by the host, which makes it while the device is at the one before: 0.1 ms.
+inline constexpr int kWaveCycles = 200000;
+
+// p: of one of the layers; where it asks for backward, forward counts too.
+inline Wavefront plan_wavefront(const CudaProblem& p, const CudaDevice& device, const CudaForce& force = {}) {
+  constexpr int kMostChunks = 64;
+  const bool forced = force.chunks > 0;
+  if (force.chunks == 1) return {0, "forced"};
+  if (!forced && !device.wavefronts_measured) {
+    return {0, "no wavefront has been measured on a device of this class yet"};
+  }
+  std::string problem;
+  const auto cycles_of = [&](int layers, int64_t T, int64_t least) -> std::optional<int64_t> {
+    int64_t cycles = 0;
+    for (const Pass pass : {Pass::forward, Pass::backward}) {
+      if (pass == Pass::backward && p.pass == Pass::forward) break;
+      CudaProblem launch = p;
+      launch.layers = layers;
+      launch.T = T;
+      launch.pass = pass;
+      const CudaPlan plan = plan_cuda(launch, device, force);
+      if (plan.path != CudaPath::persistent) {
+        problem = plan.reason;
+        return {};
+      }
+      cycles += std::max(least, pass_cycles(plan.tiling, launch, device));
+    }
+    return cycles;
+  };
+  const auto one = cycles_of(1, p.T, 0);
+  if (!one) return {0, problem};
+  const char* const in_turn = "one layer after the other is estimated to be faster";
+  Wavefront best{0, in_turn};
+  int64_t fewest = 2 * *one;
+  for (int64_t chunks = forced ? force.chunks : 2; chunks <= (forced ? force.chunks : kMostChunks); chunks *= 2) {
+    const int64_t steps = divide(p.T, chunks);
+    const auto wave = cycles_of(2, steps, kWaveCycles);
+    const int64_t waves = divide(p.T, steps) + 1;  // the first and the last of one layer alone
+    const bool faster = wave && waves * *wave < fewest;
+    if (forced && !wave) return {0, problem};
+    if (forced) return {steps, faster ? "forced" : std::string("forced; ") + in_turn};
+    if (!faster) continue;
+    fewest = waves * *wave;
+    best = {steps, "it is estimated to be faster"};
+  }
+  return best;
 }
 
 }  // namespace fastrnn

@@ -106,22 +106,31 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("streamed_bytes",
                              [](const fastrnn::CudaPlan& plan) { return plan.tiling.streamed_packets() * 16; })
       .def_readonly("reason", &fastrnn::CudaPlan::reason);
-  module.def(
-      "plan_cuda",
-      [](int64_t T, int64_t B, int64_t H, int gates, int states, bool projection, const std::string& arithmetic,
-         bool backward, int capability, int multiprocessors, int shared_per_block, int l2_bytes,
-         const std::array<int, 4>& clusters, const std::string& path, int grade, int blocks, int teams,
-         int groups_in_shared, int layers, bool measured) {
-        fastrnn::CudaForce force{std::nullopt, grade, blocks, teams, groups_in_shared};
-        if (!path.empty()) force.path = path_named(path);
-        return fastrnn::plan_cuda({T, B, H, gates, states, projection, arithmetic_named(arithmetic),
-                                   backward ? fastrnn::Pass::backward : fastrnn::Pass::forward, layers},
-                                  {capability, multiprocessors, shared_per_block, l2_bytes, clusters, measured}, force);
-      },
-      py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"), py::arg("states"),
-      py::arg("projection") = false, py::arg("arithmetic"), py::arg("backward") = false, py::arg("capability") = 90,
-      py::arg("multiprocessors") = 132, py::arg("shared_per_block") = 232448, py::arg("l2_bytes") = 50 << 20,
-      py::arg("clusters") = std::array<int, 4>{66, 32, 16, 8}, py::arg("path") = "", py::arg("grade") = 0,
-      py::arg("blocks") = 0, py::arg("teams") = 0, py::arg("groups_in_shared") = -1, py::arg("layers") = 1,
-      py::arg("measured") = false);
+  py::class_<fastrnn::Wavefront>(module, "Wavefront")
+      .def_readonly("steps", &fastrnn::Wavefront::steps)
+      .def_readonly("reason", &fastrnn::Wavefront::reason);
+  const auto define_plan = [&](const char* name, auto plan) {
+    module.def(
+        name,
+        [plan](int64_t T, int64_t B, int64_t H, int gates, int states, bool projection, const std::string& arithmetic,
+               bool backward, int capability, int multiprocessors, int shared_per_block, int l2_bytes,
+               const std::array<int, 4>& clusters, const std::string& path, int grade, int blocks, int teams,
+               int groups_in_shared, int chunks, int layers, bool measured, bool wavefronts_measured) {
+          fastrnn::CudaForce force{std::nullopt, grade, blocks, teams, groups_in_shared, chunks};
+          if (!path.empty()) force.path = path_named(path);
+          return plan(
+              {T, B, H, gates, states, projection, arithmetic_named(arithmetic),
+               backward ? fastrnn::Pass::backward : fastrnn::Pass::forward, layers},
+              {capability, multiprocessors, shared_per_block, l2_bytes, clusters, measured, wavefronts_measured},
+              force);
+        },
+        py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"), py::arg("states"),
+        py::arg("projection") = false, py::arg("arithmetic"), py::arg("backward") = false, py::arg("capability") = 90,
+        py::arg("multiprocessors") = 132, py::arg("shared_per_block") = 232448, py::arg("l2_bytes") = 50 << 20,
+        py::arg("clusters") = std::array<int, 4>{66, 32, 16, 8}, py::arg("path") = "", py::arg("grade") = 0,
+        py::arg("blocks") = 0, py::arg("teams") = 0, py::arg("groups_in_shared") = -1, py::arg("chunks") = 0,
+        py::arg("layers") = 1, py::arg("measured") = false, py::arg("wavefronts_measured") = false);
+  };
+  define_plan("plan_cuda", &fastrnn::plan_cuda);
+  define_plan("plan_wavefront", &fastrnn::plan_wavefront);
 }

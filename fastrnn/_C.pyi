@@ -140,12 +140,56 @@ def plan_cuda(
     blocks: int = 0,
     teams: int = 0,
     groups_in_shared: int = -1,
+    chunks: int = 0,
     layers: int = 1,
     measured: bool = False,
+    wavefronts_measured: bool = False,
 ) -> CudaPlan:
     """The plan for one pass of a layer, or of both directions of it at once, on a device with the limits of an H100.
 
     What is given of `path`, `grade`, `blocks`, `teams` and `groups_in_shared` is forced; a forced path that cannot
     serve comes back as "gates" with the reason. `clusters`: of 2, 4, 8 and 16 blocks that run at once. `measured`:
     whether devices of this class have been timed, without which nothing but a forced path is "persistent".
+    """
+
+class Wavefront:
+    """Whether two layers of a stack run as a wavefront over chunks of time, and why."""
+
+    @property
+    def steps(self) -> int:
+        """Of a chunk; 0: one layer after the other."""
+
+    @property
+    def reason(self) -> str:
+        """Why, in a few words."""
+
+def plan_wavefront(
+    *,
+    T: int,
+    B: int,
+    H: int,
+    gates: int,
+    states: int,
+    projection: bool = False,
+    arithmetic: Literal["fp16", "bf16", "tf32", "fp32", "fp64"],
+    backward: bool = False,
+    capability: int = 90,
+    multiprocessors: int = 132,
+    shared_per_block: int = 232448,
+    l2_bytes: int = 52428800,
+    clusters: Sequence[int] = (66, 32, 16, 8),
+    path: Literal["", "gates", "persistent"] = "",
+    grade: int = 0,
+    blocks: int = 0,
+    teams: int = 0,
+    groups_in_shared: int = -1,
+    chunks: int = 0,
+    layers: int = 1,
+    measured: bool = False,
+    wavefronts_measured: bool = False,
+) -> Wavefront:
+    """The plan for two layers of these sizes in one direction, where a pass of each is `plan_cuda`'s.
+
+    `chunks` forces that many, 1 none. `backward`: forward and backward. `layers` is not read. `wavefronts_measured`:
+    whether they have been timed on devices of this class, without which none runs but a forced one.
     """

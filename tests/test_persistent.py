@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +29,11 @@ extended = pytest.mark.extended
 CELLS = {"rnn": (1, 1), "gru": (3, 1), "lstm": (4, 2)}  # gates, states
 
 
-def plan(device: str = "h100", cell: str = "lstm", **problem) -> "_C.CudaPlan":
+def plan(device: str = "h100", cell: str = "lstm", of=_C.plan_cuda, **problem) -> "_C.CudaPlan":
     facts = DEVICES[device]
     gates, states = CELLS[cell]
     problem = {"T": 100, "B": 16, "H": 256, "arithmetic": "fp16", "path": "persistent"} | problem
-    return _C.plan_cuda(
+    return of(
         gates=gates,
         states=states,
         capability=facts.capability,
@@ -116,7 +117,49 @@ def test_two_layers_share_the_device_where_that_is_faster():
     assert plan(H=256, layers=2).path == "persistent"
     assert plan(H=512, layers=2, backward=True).path == "persistent"
     in_turn = plan(H=1536, layers=2)
-    assert (in_turn.path, in_turn.reason) == ("gates", "one direction after the other is faster")
+    assert (in_turn.path, in_turn.reason) == ("gates", "one after the other is faster")
+
+
+wavefront = partial(plan, of=_C.plan_wavefront)
+
+
+@pytest.mark.parametrize(
+    ("problem", "steps", "reason"),
+    [
+        ({}, 0, "no wavefront has been measured"),
+        ({"measured": True, "path": ""}, 0, "no wavefront has been measured"),
+        ({"chunks": 1, "wavefronts_measured": True}, 0, "forced"),
+        ({"chunks": 4}, 250, "forced"),
+        ({"chunks": 3, "T": 100}, 34, "forced; one layer after the other is estimated to be faster"),
+        ({"chunks": 9, "T": 4}, 1, "forced; one layer after the other is estimated to be faster"),
+        ({"chunks": 4, "path": ""}, 0, "no persistent kernel has been measured"),
+        ({"chunks": 4, "path": "gates"}, 0, "forced"),
+        ({"chunks": 4, "arithmetic": "fp64"}, 0, "float64"),
+        ({"chunks": 4, "H": 1536}, 0, "one after the other is faster"),
+        ({"chunks": 4, "H": 2496, "backward": True}, 0, "does not fit"),
+        ({"wavefronts_measured": True, "measured": True, "path": ""}, 125, "estimated to be faster"),
+        ({"wavefronts_measured": True, "path": ""}, 0, "no persistent kernel has been measured"),
+        ({"wavefronts_measured": True, "T": 100}, 0, "one layer after the other is estimated to be faster"),
+        ({"wavefronts_measured": True, "H": 1536}, 0, "one layer after the other is estimated to be faster"),
+    ],
+)
+def test_wavefronts(problem, steps, reason):
+    """Where they are measured, a device has room beside a layer, and the sequence makes up for the launches."""
+    planned = wavefront(**{"T": 1000} | problem)
+    assert (planned.steps, reason in planned.reason) == (steps, True), (planned.steps, planned.reason)
+
+
+def test_chunks_of_a_wavefront_have_launches():
+    """Whatever is planned, each pass of both layers at a chunk takes one."""
+    planned = 0
+    for H, B, T, backward in itertools.product((64, 256, 512, 1024), (1, 16, 64), (50, 500, 5000), (False, True)):
+        problem = {"H": H, "B": B, "path": "", "measured": True}
+        steps = wavefront(**problem, T=T, backward=backward, wavefronts_measured=True).steps
+        assert steps < T
+        planned += steps > 0
+        for one_pass in (False, backward) if steps else ():
+            assert plan(**problem, T=steps, layers=2, backward=one_pass).path == "persistent"
+    assert planned > 20
 
 
 def test_the_chip_goes_before_the_cache():
