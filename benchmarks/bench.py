@@ -86,6 +86,7 @@ SUITES = {
     ("gpu", "cuda"): Suite(
         shapes=(
             *("1024,16,768", "100,64,512", "100,32,512,packed=30", "100,32,512,D=2", "100,32,512,L=2"),
+            "1024,16,256,L=2",
             *("1,1,256", "100,1,256", "100,3,512", "100,16,128", "100,16,200", "100,16,256", "100,16,512"),
             *("100,16,1024", "100,128,1024", "100,16,2048", "1024,1,256", "1,64,1024", "100,16,64", "100,16,1536"),
             *("100,8,512", "100,32,512", "100,128,512", "100,1,512", "100,16,768", "1024,8,1024"),
@@ -108,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
         "  short        a few shapes of each kind on the device that is there; under 2 minutes\n"
         "  cpu          15 shapes, 1 and all threads, with ONNX Runtime and the share of the machine's peaks\n"
         "  keras        3 shapes, Keras's fit() on its torch backend, plain and with fastrnn.keras; under a minute\n"
-        "  gpu          25 shapes, eager and as CUDA graphs, with cuDNN's kernels; under 10 minutes\n"
+        "  gpu          26 shapes, eager and as CUDA graphs, with cuDNN's kernels; under 10 minutes\n"
         "modes:\n"
         + "".join(f"  {name:<12} {text}\n" for name, text in MODES.items())
         + "baselines:\n"
@@ -219,7 +220,10 @@ def path(case: Case) -> str:
     """What fastrnn runs on: the instruction set of its CPU kernels, or the path that is forced on CUDA."""
     from fastrnn import _C
 
-    return _C.isa() if case.device == "cpu" else os.environ.get("FASTRNN_PATH", "auto")
+    if case.device == "cpu":
+        return _C.isa()
+    forced, chunks = os.environ.get("FASTRNN_PATH", "auto"), os.environ.get("FASTRNN_PERSISTENT_CHUNKS")
+    return f"{forced}, {chunks} chunks" if chunks and case.shape.L > 1 else forced
 
 
 def algorithm(kernels: list[str]) -> str:

@@ -16,7 +16,8 @@ namespace fastrnn {
 
 // What the environment asks for: FASTRNN_PATH (gates, persistent), and for tests of the persistent kernels
 // FASTRNN_PERSISTENT_GRADE (1, 2, 3), FASTRNN_PERSISTENT_BLOCKS (of a team), FASTRNN_PERSISTENT_TEAMS (at most) and
-// FASTRNN_PERSISTENT_GROUPS_IN_SHARED (at most, of a warp). Read at every call.
+// FASTRNN_PERSISTENT_GROUPS_IN_SHARED (at most, of a warp); and FASTRNN_PERSISTENT_CHUNKS, of a wavefront. Read at
+// every call.
 inline CudaForce forced_by_environment() {
   CudaForce force;
   const auto number = [](const char* name, int& to) {
@@ -32,6 +33,7 @@ inline CudaForce forced_by_environment() {
   number("FASTRNN_PERSISTENT_BLOCKS", force.blocks);
   number("FASTRNN_PERSISTENT_TEAMS", force.teams);
   number("FASTRNN_PERSISTENT_GROUPS_IN_SHARED", force.groups_in_shared);
+  number("FASTRNN_PERSISTENT_CHUNKS", force.chunks);
   return force;
 }
 
@@ -65,6 +67,35 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeImplicitAutograd, m) {
 inline bool takes_tf32(const CudaProblem& p, const CudaDevice& device, const CudaForce& force) {
   return p.arithmetic == Arithmetic::fp32 && !reason_for_gates(p, device, force) &&
          call<bool>("fastrnn::allows_tf32", "");
+}
+
+// Of two layers of a stack over an input [T, B, I]: the steps of a chunk where they run as a wavefront, else 0.
+inline int64_t wavefront_steps(const Tensor& input, int64_t H, int64_t gates, int64_t states, bool trains) {
+#if !defined(FASTRNN_EMULATE)
+  if (!input.is_cuda()) return 0;
+#endif
+  const OnDevice device(input);
+  const CudaForce force = forced_by_environment();
+  const CudaDevice facts = cuda_device();
+  CudaProblem p{input.size(0),
+                input.size(1),
+                H,
+                static_cast<int>(gates),
+                static_cast<int>(states),
+                false,
+                arithmetic(input.scalar_type()),
+                trains ? Pass::backward : Pass::forward};
+  if (takes_tf32(p, facts, force)) p.arithmetic = Arithmetic::tf32;
+  const Wavefront plan = plan_wavefront(p, facts, force);
+  check(plan.steps > 0 || force.chunks < 2, "fastrnn: FASTRNN_PERSISTENT_CHUNKS=", force.chunks,
+        " cannot serve this stack: ", plan.reason);
+  return plan.steps;
+}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
+  m.def("wavefront_steps(Tensor input, int H, int gates, int states, bool trains) -> int");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("wavefront_steps", TORCH_BOX(&wavefront_steps));
 }
 
 inline void check_no_failure() {

@@ -34,6 +34,17 @@ def is_tracing() -> bool:
     return torch._C._get_tracing_state() is not None  # as torch.jit.is_tracing asks, in half of its time
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a call may look at the values of a tensor: not at fake ones, nor where it is recorded for others."""
+    is_recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return type(tensor) is Tensor and not is_recorded
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or _is_forward_mode()
+
+
 class Operator:
     """An operator and its backward.
 
@@ -226,7 +237,7 @@ def _is_forward_mode() -> bool:
 
 def _differentiable_forward(operator: Operator, *arguments: Any) -> Results:
     """What the operator does with autograd: called by torch.ops, and by graphs that hold it."""
-    if _is_forward_mode() or torch._C._are_functorch_transforms_active():  # which refuse a Function inside an operator
+    if is_transformed():  # which refuse a Function inside an operator
         save = operator.floats + 2
         results = operator.definition(*arguments[:save], *arguments[save + 1 :])
         return results + (None,) * (operator.results + operator.saved - len(results))

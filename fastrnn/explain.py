@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import _C, _library, cells, modules
+from fastrnn import _C, _library, cells, wavefront
 from fastrnn.convert import reason_against as reason_against_converting
-from fastrnn.options import NO_OPTIONS
+from fastrnn.options import beyond_torch
 from fastrnn.packing import reason_against as reason_against_keeping
 from fastrnn.stack import LayerStack, read_weights
 
@@ -67,7 +67,7 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
     dtype = data.dtype
     gates = options.weight_hh.size(0) if is_cell else options.weight_hh_l0.size(0)
     problem: dict[str, Any] = {"T": T, "B": B, "H": hidden, "gates": gates // hidden}
-    beyond = None if is_cell else _beyond_torch(module)
+    beyond = None if is_cell else beyond_torch(module)
     taken = _cpu_takes(dtype, beyond) if data.device.type == "cpu" else None
     unpacked = _reason_against_packing(module, dtype) if module._packings else None
 
@@ -90,6 +90,10 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
                     path += "; with gradients, and where B or H is small, torch's own operator for one step"
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
     notes = [f"weights do not stay packed: {unpacked}"] if unpacked else []
+    # Only builds with persistent kernels have this operator.
+    has_waves = data.device.type == "cuda" and hasattr(torch.ops.fastrnn, "wavefront_steps")
+    if layers > 1 and has_waves and not any("a call raises" in line for line in lines):
+        notes.append(_wavefront(module, problem, data, batch_sizes))
     return Explanation(tuple(lines), (*notes, *_notes(module, input, dtype, taken, lines)))
 
 
@@ -111,21 +115,6 @@ def _cell_problem(module: Any) -> dict[str, Any]:
     if not getattr(module, "reset_after", True):
         return {"gates": 2, "two_products": True}
     return {"normalises": getattr(module, "layer_norm", False)}
-
-
-def _beyond_torch(module: Any) -> str | None:
-    """An option of a module that torch.nn has not, and that the persistent CUDA kernels have not either."""
-    if not getattr(module, "reset_after", True):
-        return "reset_after=False"
-    for name in ("coupled", "peephole", "layer_norm"):
-        if getattr(module, name, False):
-            return name
-    if isinstance(module, modules.SLSTM):
-        return "SLSTM"
-    if getattr(module, "nonlinearity", "") == "leaky_relu":
-        return "leaky_relu"
-    changing = ("recurrent_dropout", "zoneout", "grad_clip")
-    return next((name for name in changing if getattr(module.options, name) != getattr(NO_OPTIONS, name)), None)
 
 
 def _cpu_takes(dtype: torch.dtype, beyond: str | None) -> str | None:
@@ -165,29 +154,11 @@ def _cuda_path(
         return f"no path, a call raises: FASTRNN_PATH is {forced}, neither gates nor persistent"
     if forced == "persistent" and not hasattr(torch.ops.fastrnn, "refused_launches"):
         return "no path, a call raises: FASTRNN_PATH=persistent, built without FASTRNN_PERSISTENT=1"
-    gpu = torch.cuda.get_device_properties(device)
-    # Only builds with persistent kernels have this operator.
-    ask = getattr(torch.ops.fastrnn, "clusters_at_once", lambda blocks, device: 0)
-    clusters = [ask(blocks, device.index or 0) for blocks in (2, 4, 8, 16)]
-    arithmetic = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}.get(dtype, "fp32")
-    if arithmetic == "fp32" and _library.allows_tf32():
-        arithmetic = "tf32"
+    facts = problem | _cuda_facts(kind, dtype, device)
+    arithmetic = facts["arithmetic"]
 
     def planned(backward: bool, layers: int) -> "_C.CudaPlan":
-        return _C.plan_cuda(
-            **problem,
-            layers=layers,
-            states=2 if kind.endswith("LSTM") else 1,
-            projection=projection,
-            arithmetic=arithmetic,  # type: ignore[arg-type]
-            backward=backward,
-            capability=10 * gpu.major + gpu.minor,
-            multiprocessors=gpu.multi_processor_count,
-            shared_per_block=gpu.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-            l2_bytes=gpu.L2_cache_size,
-            clusters=clusters,
-            path=forced,  # type: ignore[arg-type]
-        )
+        return _C.plan_cuda(**facts, layers=layers, projection=projection, backward=backward)
 
     forward, backward = planned(False, directions), planned(True, directions)
     at_once = directions > 1 and forward.path == "persistent"
@@ -208,6 +179,41 @@ def _cuda_path(
     if path != "gates" and backward.path != path:
         what += f"; backward {'raises' if forced else 'takes path gates'}: {backward.reason}"
     return f"path {path} ({what}): {reason}"
+
+
+def _cuda_facts(kind: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What the plans ask beside the sizes."""
+    gpu: Any = torch.cuda.get_device_properties(device)
+    # Only builds with persistent kernels have this operator.
+    ask = getattr(torch.ops.fastrnn, "clusters_at_once", lambda blocks, device: 0)
+    arithmetic = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}.get(dtype, "fp32")
+    if arithmetic == "fp32" and _library.allows_tf32():
+        arithmetic = "tf32"
+    return {
+        "states": 2 if kind.endswith("LSTM") else 1,
+        "arithmetic": arithmetic,
+        "capability": 10 * gpu.major + gpu.minor,
+        "multiprocessors": gpu.multi_processor_count,
+        "shared_per_block": gpu.shared_memory_per_block_optin,
+        "l2_bytes": gpu.L2_cache_size,
+        "clusters": [ask(blocks, device.index or 0) for blocks in (2, 4, 8, 16)],
+        "path": os.environ.get("FASTRNN_PATH", ""),
+    }
+
+
+def _wavefront(module: Any, problem: dict[str, Any], data: Tensor, batch_sizes: Tensor | None) -> str:
+    """Whether the layers of a stack run as a wavefront."""
+    if reason := wavefront.reason_against(module, batch_sizes):
+        return f"no wavefront of layers: {reason}"
+    chunks = os.environ.get("FASTRNN_PERSISTENT_CHUNKS", "")
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (data, *module.parameters()))
+    facts = problem | _cuda_facts(module._kind, data.dtype, data.device)
+    plan = _C.plan_wavefront(**facts, backward=trains, chunks=int(chunks) if chunks.isdigit() else 0)
+    if plan.steps:
+        return f"two layers at a time are a wavefront, in chunks of {plan.steps} steps (not compiled): {plan.reason}"
+    if chunks not in ("", "0", "1"):
+        return f"a call raises: FASTRNN_PERSISTENT_CHUNKS={chunks} cannot serve this stack: {plan.reason}"
+    return f"no wavefront of layers: {plan.reason}"
 
 
 def _notes(module: Any, input: Any, dtype: torch.dtype, taken: str | None, lines: list[str]) -> list[str]:

@@ -118,6 +118,21 @@ def _is_number(value: Any, kinds: Any) -> bool:
 NO_OPTIONS = Options()
 
 
+def beyond_torch(module: Any) -> str | None:
+    """An option of a module that torch.nn has not, and that the persistent CUDA kernels have not either."""
+    if not getattr(module, "reset_after", True):
+        return "reset_after=False"
+    for name in ("coupled", "peephole", "layer_norm"):
+        if getattr(module, name, False):
+            return name
+    if module._kind == "SLSTM":
+        return "SLSTM"
+    if getattr(module, "nonlinearity", "") == "leaky_relu":
+        return "leaky_relu"
+    changing = ("recurrent_dropout", "zoneout", "grad_clip")
+    return next((name for name in changing if getattr(module.options, name) != getattr(NO_OPTIONS, name)), None)
+
+
 def run_in_chunks(
     layer: Layer,
     steps: int,

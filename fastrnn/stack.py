@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import ops
-from fastrnn.autograd import is_tracing, side_by_side
+from fastrnn import ops, wavefront
+from fastrnn.autograd import has_values, is_tracing, side_by_side
 from fastrnn.options import NO_OPTIONS, Options, RecurrentOptions
 from fastrnn.packing import PacksWeights
 
@@ -59,12 +59,6 @@ def check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> N
             f"Input and {kind} tensors are not the same dtype, "
             f"found input tensor with {dtype} and {kind} tensor with {tensor.dtype}"
         )
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether a call may look at the values of a tensor: not at fake ones, nor where it is recorded for others."""
-    is_recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return type(tensor) is Tensor and not is_recorded
 
 
 def is_autocast_on() -> bool:
@@ -353,26 +347,35 @@ class LayerStack(PacksWeights, nn.RNNBase):
         initial = [zeros] * runs if zeros else list(zip(*(state.unbind() for state in states or ()), strict=True))
         per_run = len(weights) // runs
 
-        def run_one(run: int, input: Tensor, **meet: Any) -> tuple[Tensor, ...]:
+        def run_one(run: int, input: Tensor, states: States, **meet: Any) -> tuple[Tensor, ...]:
             own_weights, reverse = weights[run * per_run : (run + 1) * per_run], run % directions == 1
             where = {"batch_sizes": batch_sizes, "reverse": reverse, "packing": packings[run] if packings else None}
-            return self._run_layer(input, own_weights, initial[run], controls, **where, **meet)
+            return self._run_layer(input, own_weights, states, controls, **where, **meet)
+
+        def dropped(layer: int, input: Tensor) -> Tensor:
+            drops = layer > 0 and self.dropout > 0 and self.training
+            return torch.dropout(input, self.dropout, True) if drops else input
+
+        if steps := wavefront.steps_of_chunk(self, input, [*weights, *(states or ())], controls, batch_sizes):
+            layers = [
+                lambda input, states, layer=layer, **meet: run_one(layer, dropped(layer, input), states, **meet)
+                for layer in range(runs)
+            ]
+            input, final_states = wavefront.run(layers, input, initial, steps)
+            return [input, *(torch.stack(state) for state in zip(*final_states, strict=True))]
 
         final: list[Sequence[Tensor]] = []
         cells: list[Tensor] = []
         for layer in range(self.num_layers):
             outputs, cells = [], []
-            if directions == 1:
-                results: Sequence[Sequence[Tensor]] = [run_one(layer, input)]
-            else:
-                results = side_by_side(partial(run_one, 2 * layer, input), partial(run_one, 2 * layer + 1, input))
+            input = dropped(layer, input)
+            calls = [partial(run_one, run, input, initial[run]) for run in range(runs) if run // directions == layer]
+            results: Sequence[Sequence[Tensor]] = [calls[0]()] if directions == 1 else side_by_side(*calls)
             for output, *last in results:
                 outputs.append(output)
                 final.append(last[: len(initial[0])])
                 cells += last[len(initial[0]) :]
             input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-            if self.dropout > 0 and self.training and layer < self.num_layers - 1:
-                input = torch.dropout(input, self.dropout, True)
         joined = [torch.cat(cells, -1)] if cells else []
         return [input, *(torch.stack(state) for state in zip(*final, strict=True)), *joined]
 

@@ -4,6 +4,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 # Test processes run side by side: threads that wait shall leave the cores to the others. OpenMP reads this once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,8 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import hypothesis
 import pytest
 import torch
+from torch import nn
 
-from fastrnn import _library
+from fastrnn import _C, _library
 
 # A graph in inductor's cache does not know that the schema of an operator has changed: each build has its own cache.
 BUILD = Path(__file__).resolve().parents[1] / "build"
@@ -65,3 +67,17 @@ def same_start() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were one, and a build that has all kernels."""
+    monkeypatch.setattr(nn.init, "uniform_", lambda *_: None)  # there is no such device to draw on
+    facts = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(_C, "cuda_version", "13.0")
+    monkeypatch.setattr(torch.ops.fastrnn, "refused_launches", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.ops.fastrnn, "clusters_at_once", lambda blocks, device: 128 // blocks, raising=False)
+    monkeypatch.delenv("FASTRNN_PATH", raising=False)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -448,17 +447,7 @@ LSTM = partial(fastrnn.LSTM, 3, 4)
         ("fast", LSTM, "a call raises: FASTRNN_PATH is fast, neither gates nor persistent"),
     ],
 )
-def test_explain_a_cuda_path(path, module, text, monkeypatch):
-    """Of an H100, with a build that has all kernels."""
-    monkeypatch.setattr(nn.init, "uniform_", lambda *_: None)  # there is no such device to draw on
-    facts = SimpleNamespace(
-        major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    monkeypatch.setattr(_C, "cuda_version", "13.0")
-    monkeypatch.setattr(torch.ops.fastrnn, "refused_launches", lambda: 0, raising=False)
-    monkeypatch.setattr(torch.ops.fastrnn, "clusters_at_once", lambda blocks, device: 128 // blocks, raising=False)
-    monkeypatch.delenv("FASTRNN_PATH", raising=False)
+def test_explain_a_cuda_path(path, module, text, h100, monkeypatch):
     if path:
         monkeypatch.setenv("FASTRNN_PATH", path)
     with FakeTensorMode():

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastrnn
 from fastrnn import _C
 
 TESTS = Path(__file__).parent
@@ -162,6 +164,37 @@ def test_chunks_of_a_wavefront_have_launches():
     assert planned > 20
 
 
+STACK = partial(fastrnn.LSTM, 3, 4, num_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "module", "text"),
+    [
+        ({}, STACK, "no wavefront of layers: no wavefront has been measured on a device of this class yet"),
+        ({"CHUNKS": "2"}, STACK, "two layers at a time are a wavefront, in chunks of 3 steps (not compiled): forced"),
+        ({"CHUNKS": "1"}, STACK, "no wavefront of layers: forced"),
+        (
+            {"CHUNKS": "2", "PATH": ""},
+            STACK,
+            "a call raises: FASTRNN_PERSISTENT_CHUNKS=2 cannot serve this stack: no",
+        ),
+        ({"CHUNKS": "2"}, partial(STACK, bidirectional=True), "no wavefront of layers: the next layer needs both"),
+        ({"CHUNKS": "2"}, partial(STACK, proj_size=2), None),
+        ({"CHUNKS": "2"}, partial(STACK, weight_dropout=0.5), "an option of the recurrence has none"),
+        ({"CHUNKS": "2"}, partial(STACK, grad_clip=1.0), None),
+        ({"CHUNKS": "2"}, partial(fastrnn.LSTM, 3, 4), None),
+    ],
+)
+def test_explain_a_wavefront(environment, module, text, h100, monkeypatch):
+    monkeypatch.setattr(torch.ops.fastrnn, "wavefront_steps", lambda *_: 0, raising=False)
+    for name, value in ({"PATH": "persistent", "CHUNKS": ""} | environment).items():
+        monkeypatch.setenv("FASTRNN_PATH" if name == "PATH" else f"FASTRNN_PERSISTENT_{name}", value)
+    with FakeTensorMode():
+        explanation = fastrnn.explain(module(device="cuda"), torch.empty(5, 2, 3, device="cuda"))
+    notes = [note for note in explanation.notes if "wavefront" in note or "CHUNKS" in note]
+    assert len(notes) == (text is not None) and all(text in note for note in notes), explanation
+
+
 def test_the_chip_goes_before_the_cache():
     """What fits on the chip stays there: more blocks and smaller windows of the operand come first."""
     for arithmetic, B in itertools.product(("fp16", "tf32", "fp32"), (1, 16)):
@@ -227,6 +260,11 @@ def test_the_device_suite_runs_what_an_emulation_cannot():
         assert any(plan.grade == 3 and plan.teams * plan.blocks == 132 for plan in of_pass)
         assert {plan.grade for plan in of_pass if plan.streamed_bytes > 0} == {2, 3}
     assert len({size.plan(backward=False).shared_bytes for size in persistent_checks.SHARED}) == 3
+    for case in persistent_checks.STACKS:
+        arithmetic = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[case.dtype]
+        sizes = {"T": case.T, "B": case.B, "H": case.H, "arithmetic": arithmetic, "chunks": persistent_checks.CHUNKS}
+        planned = wavefront(cell=case.cell.removesuffix("_tanh"), **sizes, backward=True)
+        assert planned.steps > 0 and case.T % planned.steps > 0, planned.reason
 
 
 def test_the_device_suite_forces_the_persistent_kernels():
@@ -267,12 +305,29 @@ def run(
     ],
 )
 def test_kernels_on_the_emulation(schedule, seed, variant, selection):
+    run_in_order("persistent.py", schedule, seed, variant, selection)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "seed", "variant", "selection"),
+    [
+        ("random", 1, "", ""),
+        pytest.param("priority", 2, "address", "test_wavefront", marks=extended),
+        pytest.param("random", 3, "thread", "test_wavefront", marks=extended),
+        pytest.param("round_robin", 4, "", "", marks=extended),
+    ],
+)
+def test_wavefronts_on_the_emulation(schedule, seed, variant, selection):
+    run_in_order("wavefront.py", schedule, seed, variant, selection)
+
+
+def run_in_order(tests: str, schedule: str, seed: int, variant: str, selection: str) -> None:
     try:
         library = libraries.build("ops", variant)
     except libraries.Unavailable as reason:
         pytest.skip(f"the emulated CUDA kernels are left out: {reason}")
     order = {"FASTRNN_EMULATION_SCHEDULE": schedule, "FASTRNN_EMULATION_SEED": str(seed)}
-    done = run(library, "persistent.py", selection, variant, **order)
+    done = run(library, tests, selection, variant, **order)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Sanitizer" not in done.stderr
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from parity import GATES, LayerCase, assert_parity
-from torch import Tensor
+from parity import GATES, Case, LayerCase, assert_parity, draw, run
+from torch import Tensor, nn
 
+import fastrnn
 from fastrnn import _C, ops, reference
 
 
@@ -48,6 +49,12 @@ SIZES = [
     Size(LayerCase("rnn_tanh", 1000, 128, 32, 1024, BFLOAT), 3),
     Size(LayerCase("lstm", 100, 64, 32, 2048, HALF), 3),  # streamed
     Size(LayerCase("gru", 100, 17, 32, 1536, torch.float32), 3),  # streamed, in plain multiply-adds
+]
+CHUNKS = 7
+STACKS = [  # of one direction, dense
+    Case("lstm", 1000, 16, 64, 256, HALF, num_layers=2),
+    Case("gru", 1000, 64, 64, 128, torch.float32, num_layers=3),
+    Case("rnn_tanh", 500, 8, 64, 512, BFLOAT, num_layers=4),
 ]
 # Of kernels that differ in nothing but their sizes, so in how much shared memory a launch asks for.
 SHARED = [Size(LayerCase("lstm", 200, 16, 32, H, HALF), 2, blocks) for H, blocks in ((64, 2), (512, 16), (768, 16))]
@@ -91,6 +98,23 @@ def test_sizes(size, monkeypatch):
     assert_parity(case, first, by_gates, truth)
     for _ in range(20):
         assert_equal(case.run(ops, arguments), first)
+
+
+@pytest.mark.parametrize("case", STACKS, ids=str)
+def test_wavefront(case, monkeypatch):
+    """Two layers in a launch, the last chunk a shorter one: as close to the truth as torch.nn; the same bits again."""
+    monkeypatch.setenv("FASTRNN_PATH", "persistent")
+    monkeypatch.setenv("FASTRNN_PERSISTENT_CHUNKS", str(CHUNKS))
+    torch.manual_seed(0)
+    theirs, ours = (case.module(namespace, device="cuda") for namespace in (nn, fastrnn))
+    truth = replace(case, dtype=torch.float64).module(nn, device="cuda")
+    for module in (ours, truth):
+        module.load_state_dict(theirs.state_dict())
+    tensors, _ = draw(case)
+    first, *expected = (run(case, module, tensors, None) for module in (ours, theirs, truth))
+    assert_parity(case, first, *expected)
+    for _ in range(20):
+        assert_equal(run(case, ours, tensors, None), first)
 
 
 @pytest.mark.parametrize("grade", [2, 3])

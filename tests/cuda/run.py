@@ -28,6 +28,7 @@ PYTEST = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
 ALONE = ["-p", "no:xdist"]
 CHECKS = ["tests/cuda/checks.py", "-k"]
 SMALL, LARGE = "tests/emulation/persistent.py", "tests/cuda/persistent_checks.py"
+WAVES = "tests/emulation/wavefront.py"
 # A few operators, every kind of kernel, without the time that the sanitizer needs for more.
 FEW = [*ALONE, "tests/emulation/ops.py", "-k", "cuda and float32 and (T5-B3 or T4-B5)"]
 FEW_PERSISTENT = [*ALONE, SMALL, "-k", "cuda and (test_parity and lstm or test_shapes and streamed)"]
@@ -50,8 +51,8 @@ GROUPS = {
     "racecheck": Group([*ALONE, *CHECKS, "conformance_of_wrappers"], 120, "racecheck"),
 }
 GROUPS |= {
-    "persistent-parity": Group(["-n", "8", SMALL, "-k", "cuda"], 120),
-    "persistent-sizes": Group([LARGE, "-k", "sizes"], 120),
+    "persistent-parity": Group(["-n", "8", SMALL, WAVES, "-k", "cuda"], 120),
+    "persistent-sizes": Group([LARGE, "-k", "sizes or wavefront"], 120),
     "persistent-side-by-side": Group([LARGE, "-k", "streams or threads"], 60),
     **{f"persistent-{name}": GROUPS[name]._replace(seconds=40) for name in list(GROUPS)[2:6]},
     "persistent-memcheck": Group(FEW_PERSISTENT, 60, "memcheck"),

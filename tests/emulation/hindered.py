@@ -76,3 +76,15 @@ def test_waiting_in_vain(cell, dtype, monkeypatch):
         case.call(ops, arguments)
     monkeypatch.setenv("FASTRNN_PATH", "gates")
     assert case.call(ops, arguments)["output"].isfinite().all()
+
+
+def test_wavefront_without_room(monkeypatch):
+    """A layer alone has room for its block; two at a time have none."""
+    for name, value in {"PATH": "persistent", "PERSISTENT_GRADE": "3", "PERSISTENT_BLOCKS": "1"}.items():
+        monkeypatch.setenv(f"FASTRNN_{name}", value)
+    module, input = fastrnn.GRU(3, 4, num_layers=2), torch.randn(5, 2, 3)
+    monkeypatch.setenv("FASTRNN_PERSISTENT_CHUNKS", "1")
+    module(input)
+    monkeypatch.setenv("FASTRNN_PERSISTENT_CHUNKS", "2")
+    with pytest.raises(RuntimeError, match="the device refused the launch: .* 2 blocks, 1 fit"):
+        module(input)
