@@ -328,7 +328,7 @@ inline CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const 
   if (const char* reason = reason_for_gates(p, device, force)) return {CudaPath::gates, reason};
   const auto tiling = persistent_tiling(p, device, force);
   if (!tiling) return {CudaPath::gates, "the recurrent weight does not fit on the chip, nor what is left of it in L2"};
-  if (p.layers > 1) {
+  if (p.layers > 1 && force.chunks < 2) {
     CudaProblem alone = p;
     alone.layers = 1;
     const auto t = persistent_tiling(alone, device, force);
