@@ -217,7 +217,8 @@ void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t 
   };
   const int64_t words = K / M::kDepth;
   int64_t word = 0;
-  if constexpr (kChains == 1 && kRows > 3) {  // with fewer rows the product itself waits for memory
+  // With fewer rows the product itself waits for memory.
+  if constexpr (kChains == 1 && kUsed == kVectors && kRows > 2 && kRows + 1 >= kTileRows<kVectors>) {
     for (; ahead && word < words; ++word) {
       __builtin_prefetch(ahead + word * Ahead::kLine, 0, 2);
       add(0, word, M::kDepth);
