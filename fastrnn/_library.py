@@ -3,6 +3,7 @@
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,8 +15,9 @@ def path() -> Path:
     return Path(os.environ.get("FASTRNN_LIBRARY") or beside)
 
 
+@cache
 def load() -> None:
-    """Registers the ops in `torch.ops.fastrnn`.
+    """Registers the ops in `torch.ops.fastrnn`, once.
 
     Raises:
         ImportError: if a compiled part is missing, or was built for another platform, Python or torch.

@@ -369,7 +369,8 @@ class LayerStack(PacksWeights, nn.RNNBase):
         for layer in range(self.num_layers):
             outputs, cells = [], []
             input = dropped(layer, input)
-            calls = [partial(run_one, run, input, initial[run]) for run in range(runs) if run // directions == layer]
+            mine = range(layer * directions, (layer + 1) * directions)
+            calls = [partial(run_one, run, input, initial[run]) for run in mine]
             results: Sequence[Sequence[Tensor]] = [calls[0]()] if directions == 1 else side_by_side(*calls)
             for output, *last in results:
                 outputs.append(output)

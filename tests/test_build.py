@@ -151,6 +151,11 @@ def test_plan_runs_both_directions_at_once_where_threads_wait_or_idle() -> None:
     assert _C.plan_cpu(**lstm | {"P": 64, "threads": 3}, layers=2).side_by_side  # a projection of one row: one thread
 
 
+def test_import_is_silent() -> None:
+    result = run_python("-W", "error", "-c", "import fastrnn")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_main_prints_the_facts() -> None:
     result = run_python("-m", "fastrnn")
     assert result.returncode == 0, result.stderr
