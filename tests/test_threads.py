@@ -62,6 +62,16 @@ def test_short_sequences(cell, T, layout, dtype, threads, torch_threads):
     check_parity(Case(cell, T, 20, 24, 260, layout=layout, dtype=dtype, bidirectional=T > 1), fastrnn, CPU)
 
 
+@pytest.mark.parametrize("B", [97, 193])
+def test_equal_rows_have_equal_gradients(B, torch_threads):
+    """Tiles of a step are as even as can be, however many its rows: one of a single row would sum in another order."""
+    torch.set_num_threads(1)
+    h_0 = torch.randn(1, 1, 40).repeat(1, B, 1).requires_grad_()
+    output, _ = fastrnn.RNN(24, 40)(torch.randn(3, 1, 24).repeat(1, B, 1), h_0)
+    (gradient,) = torch.autograd.grad(output.square().sum(), h_0)
+    assert torch.equal(gradient, gradient[:, :1].expand_as(gradient))
+
+
 def test_a_projection_as_wide_as_the_layer(torch_threads):
     """The ops take one, unlike torch.nn: all units of a step meet in it, though h has no other width than the cell."""
     torch.set_num_threads(2)

@@ -132,10 +132,10 @@ class Columns {
   void times(Units units, const Operand<S>* from, int64_t begin, int64_t end, Before before, F f) const {
     constexpr int kRows = kTileRows<Panel::kVectors>, kTiles = 16;
     alignas(64) Sum<S> sums[kTiles * kRows * Panel::kColumns];
-    for (int64_t b = begin; b < end; b += kTiles * kRows) {
-      const int64_t last = std::min(end, b + kTiles * kRows);
+    for_each_tile(begin, end, kTiles * kRows, [&](int64_t b, int some) {
+      const int64_t last = b + some;
       // Tiles share a part of the panel, as long as it stays in L2 with their rows; their sums wait for the next one.
-      const int64_t parts = last - b > kRows ? (words_of<S>(K_) + kWordsOfPart - 1) / kWordsOfPart : 1;
+      const int64_t parts = some > kRows ? (words_of<S>(K_) + kWordsOfPart - 1) / kWordsOfPart : 1;
       const int64_t depth = (words_of<S>(K_) + parts - 1) / parts * Multiply<S>::kDepth;
       for (int64_t k = 0; k < K_; k += depth) {
         const bool is_last = k + depth >= K_;
@@ -147,7 +147,7 @@ class Columns {
           if (is_last) f(first, count, out);
         });
       }
-    }
+    });
   }
 
  private:
