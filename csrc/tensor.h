@@ -78,7 +78,7 @@ Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
   check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), size, stride, dtype_number(dtype),
                                        device_type, device_index, &handle));
   const Tensor made(handle);
-  if (made.is_cpu()) ask_for_large_pages(made.data_ptr(), static_cast<size_t>(count) * made.element_size());
+  if (made.is_cpu()) ask_for_large_pages(made.data_ptr(), static_cast<size_t>(made.numel()) * made.element_size());
   return made;
 }
 

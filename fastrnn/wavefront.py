@@ -58,11 +58,12 @@ def steps_of_chunk(
     """
     if _plan is None or torch.compiler.is_compiling() or controls or reason_against(module, batch_sizes):
         return 0
-    if is_tracing() or is_transformed() or not has_values(input.detach()):
+    plain = input.detach()  # a Parameter has values too
+    if is_tracing() or is_transformed() or not has_values(plain):
         return 0
     trains = torch.is_grad_enabled() and torch._C._any_requires_grad(input, *others)
     gates, states = {"RNN": (1, 1), "GRU": (3, 1), "LSTM": (4, 2)}[module._kind]
-    return _plan(input.detach(), module.hidden_size, gates, states, trains)
+    return _plan(plain, module.hidden_size, gates, states, trains)
 
 
 def run(layers: Sequence[Layer], input: Tensor, states: Sequence[States], steps: int) -> tuple[Tensor, list[States]]:

@@ -293,35 +293,27 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("schedule", "seed", "variant", "selection"),
+    ("tests", "schedule", "seed", "variant", "selection"),
     [
-        ("priority", 1, "", ""),
-        pytest.param("random", 2, "address", "test_shapes and (T5 or T3)", marks=extended),
-        pytest.param("priority", 3, "thread", "test_parity and lstm and bfloat16", marks=extended),
-        *(pytest.param("random", seed, "", "", marks=extended) for seed in (4, 5, 6)),
-        *(pytest.param("priority", seed, "", "", marks=extended) for seed in (7, 8, 9)),
-        pytest.param("round_robin", 10, "address", "", marks=extended),
-        pytest.param("random", 11, "thread", "not H300", marks=extended),
+        ("persistent.py", "priority", 1, "", ""),
+        ("wavefront.py", "random", 1, "", ""),
+        *(
+            pytest.param(*order, marks=extended)
+            for order in [
+                ("persistent.py", "random", 2, "address", "test_shapes and (T5 or T3)"),
+                ("persistent.py", "priority", 3, "thread", "test_parity and lstm and bfloat16"),
+                *(("persistent.py", "random", seed, "", "") for seed in (4, 5, 6)),
+                *(("persistent.py", "priority", seed, "", "") for seed in (7, 8, 9)),
+                ("persistent.py", "round_robin", 10, "address", ""),
+                ("persistent.py", "random", 11, "thread", "not H300"),
+                ("wavefront.py", "priority", 2, "address", "test_wavefront"),
+                ("wavefront.py", "random", 3, "thread", "test_wavefront"),
+                ("wavefront.py", "round_robin", 4, "", ""),
+            ]
+        ),
     ],
 )
-def test_kernels_on_the_emulation(schedule, seed, variant, selection):
-    run_in_order("persistent.py", schedule, seed, variant, selection)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "seed", "variant", "selection"),
-    [
-        ("random", 1, "", ""),
-        pytest.param("priority", 2, "address", "test_wavefront", marks=extended),
-        pytest.param("random", 3, "thread", "test_wavefront", marks=extended),
-        pytest.param("round_robin", 4, "", "", marks=extended),
-    ],
-)
-def test_wavefronts_on_the_emulation(schedule, seed, variant, selection):
-    run_in_order("wavefront.py", schedule, seed, variant, selection)
-
-
-def run_in_order(tests: str, schedule: str, seed: int, variant: str, selection: str) -> None:
+def test_kernels_on_the_emulation(tests, schedule, seed, variant, selection):
     try:
         library = libraries.build("ops", variant)
     except libraries.Unavailable as reason:

@@ -68,7 +68,8 @@ class WeightGradients {
   using Weight = typename WeightGradient<S>::Weight;
   static constexpr int kW = kWidth<T>;
   static constexpr int kRows = kTileRows<Panel::kVectors>;
-  // Rows of N that a block takes. Large gradients are in memory, where each block adds to them: fewer, longer blocks.
+  // Rows of N that a block takes: 384 words, of float, of a column of d_gates. Large gradients are in memory, where
+  // each block adds to them: fewer, longer blocks.
   static constexpr int64_t kMostRows = 3072 / sizeof(Word) * M::kDepth, kManyWeights = 4 << 20;
   static int64_t block_rows(int64_t weights) { return weights > kManyWeights ? kMostRows : kMostRows / 2; }
   // Rows of d_weight whose d_gates are transposed at a time: whole squares and, if possible, tiles.

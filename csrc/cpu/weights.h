@@ -66,8 +66,8 @@ class Weight {
   const S* w_ = nullptr;
   const Sum<S>* bias_ = nullptr;
   int64_t units_ = 0, K_ = 0;
-  Buffer<Word> room_;  // [places, words of K, G*kBlock]
-  int64_t places_ = 0;
+  int64_t places_ = 0;            // for panels
+  Buffer<Word> room_;             // [places, words of K, G*kBlock]
   const Word* packed_ = nullptr;  // so too, or [panels, ..]; null where the weight is read where it is
   Buffer<Sum<S>> packed_bias_;    // [panels, G*kBlock]
 };
