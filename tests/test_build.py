@@ -80,6 +80,11 @@ def test_plan_uses_no_more_threads_than_allowed_and_needed(sizes: tuple[int, ...
     assert plan.reason
 
 
+@pytest.mark.parametrize("B, H, threads", [(1, 160, 1), (1, 256, 2), (16, 64, 1), (32, 64, 2)])
+def test_plan_counts_the_first_reading_of_a_weight(B: int, H: int, threads: int) -> None:
+    assert _C.plan_cpu(T=1, B=B, I=H, H=H, P=H, gates=4, threads=2).threads == threads
+
+
 @pytest.mark.parametrize(
     "T, B, H, widens, packed", [(1, 1, 64, False, ""), (3, 5, 64, False, ""), (16, 1, 64, False, "ih"),
                                 (16, 2, 64, False, "ih hh"), (64, 1, 64, False, "ih hh"), (63, 1, 512, False, "ih"),
