@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 #include "cpu/team.h"
 #include "layer.h"
 #include "plan.h"
@@ -79,10 +80,14 @@ struct CpuPath {
     return run_forward(std::array{&a, &b}, save, cells);
   }
 
-  static GateGradients backward(const Layer& l, const ForwardResult& r, const ResultGradients& d, bool need_states) {
+  // What the gradients of gates are in: memory of this thread, for its next call as well.
+  struct KeptGradients : GateGradients {
+    std::vector<Buffer<char>> memory;
+  };
+  static KeptGradients backward(const Layer& l, const ForwardResult& r, const ResultGradients& d, bool need_states) {
     return std::move(run_backward(std::array{&l}, std::array{&r}, std::array{&d}, need_states)[0]);
   }
-  static std::array<GateGradients, 2> backward_both(const Layer& a, const Layer& b, const ForwardResult& saved_a,
+  static std::array<KeptGradients, 2> backward_both(const Layer& a, const Layer& b, const ForwardResult& saved_a,
                                                     const ForwardResult& saved_b, const ResultGradients& d_a,
                                                     const ResultGradients& d_b, bool need_states) {
     return run_backward(std::array{&a, &b}, std::array{&saved_a, &saved_b}, std::array{&d_a, &d_b}, need_states);
@@ -122,7 +127,7 @@ struct CpuPath {
     };
     const ScalarType t = compute(l.storage);
     const Tensor output = dense(to_dtype(saved.output, t));
-    const MaybeTensor h_in = saved.h_in ? MaybeTensor(dense(to_dtype(*saved.h_in, t))) : std::nullopt;
+    const MaybeTensor h_in = dense(to_dtype(saved.h_in, t));
     const MaybeTensor zeros = l.reset ? MaybeTensor(empty(output, {l.P}, t)) : std::nullopt;
     if (zeros) set_zero(*zeros);
     const auto list_h = [&](auto zero, auto& rows) {
@@ -253,24 +258,21 @@ struct CpuPath {
   }
 
   template <size_t n>
-  static std::array<GateGradients, n> run_backward(const std::array<const Layer*, n>& layers,
+  static std::array<KeptGradients, n> run_backward(const std::array<const Layer*, n>& layers,
                                                    const std::array<const ForwardResult*, n>& saved,
                                                    const std::array<const ResultGradients*, n>& d, bool need_states) {
     const ScalarType t = compute(layers[0]->storage), acc = acc_dtype(t);
-    const auto prepare = [](const MaybeTensor& x, ScalarType type) -> MaybeTensor {
-      if (!x) return std::nullopt;
-      return dense(to_dtype(*x, type));
-    };
-    std::array<GateGradients, n> gradients;
+    std::array<KeptGradients, n> gradients;
     std::array<ForwardResult, n> r;
     std::array<ResultGradients, n> d_r;
     std::array<Wide, n> wide;
     for (size_t i = 0; i < n; ++i) {
       gradients[i] = empty_gradients(*layers[i]);
-      r[i].output = *prepare(saved[i]->output, t);
-      r[i].saved_gates = prepare(saved[i]->saved_gates, t);
-      r[i].saved_c = prepare(saved[i]->saved_c, acc);
-      d_r[i] = {prepare(d[i]->output, t), prepare(d[i]->h_n, acc), prepare(d[i]->c_n, acc), prepare(d[i]->cells, t)};
+      r[i].output = dense(to_dtype(saved[i]->output, t));
+      r[i].saved_gates = dense(to_dtype(saved[i]->saved_gates, t));
+      r[i].saved_c = dense(to_dtype(saved[i]->saved_c, acc));
+      d_r[i] = {dense(to_dtype(d[i]->output, t)), dense(to_dtype(d[i]->h_n, acc)), dense(to_dtype(d[i]->c_n, acc)),
+                dense(to_dtype(d[i]->cells, t))};
       wide[i] = Wide(*layers[i]);
     }
     dispatch_storage(t, [&](auto zero) {
@@ -284,17 +286,27 @@ struct CpuPath {
     return gradients;
   }
 
-  static GateGradients empty_gradients(const Layer& l) {
+  static KeptGradients empty_gradients(const Layer& l) {
     using C = Cell<float>;
-    const ScalarType t = operand(l.storage), acc = acc_dtype(t);
-    GateGradients g;
-    g.d_x_gates = empty(l.input, {l.N, l.w_hh.size(0)}, t);
-    g.d_h_gates = C::kGateGradsDiffer ? empty(l.input, {l.N, C::kGates * l.H}, t) : g.d_x_gates;
-    if (l.w_hr || kTwoProducts) g.d_projected = empty(l.input, {l.N, l.P}, t);
+    const ScalarType acc = acc_dtype(compute(l.storage));
+    KeptGradients g;
+    g.d_x_gates = empty_rows(l, l.w_hh.size(0), g);
+    g.d_h_gates = C::kGateGradsDiffer ? empty_rows(l, C::kGates * l.H, g) : g.d_x_gates;
+    if (l.w_hr || kTwoProducts) g.d_projected = empty_rows(l, l.P, g);
     g.d_h0 = empty(l.input, {l.B, l.P}, acc);
     if (C::kStates > 1) g.d_c0 = empty(l.input, sizes_of(*l.c0), acc);
     if (kNormalises<C>) g.d_w_cell = empty(l.input, {C::kParameters * l.H}, acc);
     return g;
+  }
+
+  static Tensor empty_rows(const Layer& l, int64_t width, KeptGradients& g) {
+    const ScalarType t = operand(l.storage);
+    if (!l.w_ih) return empty(l.input, {l.N, width}, t);  // the caller gets it: the gradient of the input
+    dispatch_storage(compute(l.storage), [&](auto zero) {
+      using R = typename TypesOf<decltype(zero)>::operand_t;
+      g.memory.emplace_back(l.N * width * static_cast<int64_t>(sizeof(R)));
+    });
+    return over(g.memory.back().get(), {l.N, width}, t);
   }
 
   static Tensor peephole_gradient(const Layer& l, const GateGradients& g, const ForwardResult& r) {

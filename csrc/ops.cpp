@@ -180,18 +180,14 @@ struct Operator {
 
   static ForwardResult stored(ForwardResult r, const ForwardCall& call) {
     const ScalarType storage = call.arguments.input.scalar_type();
-    const auto store = [&](const MaybeTensor& t, ScalarType type) -> MaybeTensor {
-      if (!t) return std::nullopt;
-      return to_dtype(*t, type);
-    };
     r.output = to_dtype(r.output, storage);
     r.h_n = to_dtype(r.h_n, storage);
-    r.c_n = store(r.c_n, storage);
-    r.cells = store(r.cells, storage);
-    r.saved_gates = store(r.saved_gates, storage);
-    r.saved_c = store(r.saved_c, acc_dtype(storage));
-    r.saved_m = store(r.saved_m, storage);
-    r.h_in = call.save ? store(r.h_in, storage) : std::nullopt;
+    r.c_n = to_dtype(r.c_n, storage);
+    r.cells = to_dtype(r.cells, storage);
+    r.saved_gates = to_dtype(r.saved_gates, storage);
+    r.saved_c = to_dtype(r.saved_c, acc_dtype(storage));
+    r.saved_m = to_dtype(r.saved_m, storage);
+    r.h_in = call.save ? to_dtype(r.h_in, storage) : std::nullopt;
     return r;
   }
 

@@ -62,24 +62,42 @@ inline int32_t dtype_number(ScalarType t) { return torch::stable::detail::to<int
 
 constexpr size_t kMostDims = 4;  // of what this library makes; arrays on the stack cost nothing
 
+struct Contiguous {
+  int64_t dims, size[kMostDims], stride[kMostDims];
+
+  template <typename Sizes>
+  explicit Contiguous(const Sizes& sizes) : dims(static_cast<int64_t>(sizes.size())) {
+    std::copy(sizes.begin(), sizes.end(), size);
+    int64_t count = 1;
+    for (size_t i = sizes.size(); i-- > 0;) {
+      stride[i] = count;
+      count *= size[i] > 0 ? size[i] : 1;
+    }
+  }
+};
+
 // An uninitialised contiguous tensor on the device of `like`.
 template <typename Sizes = std::initializer_list<int64_t>>
 Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  int64_t size[kMostDims], stride[kMostDims], count = 1;
-  std::copy(sizes.begin(), sizes.end(), size);
-  for (size_t i = sizes.size(); i-- > 0;) {
-    stride[i] = count;
-    count *= size[i] > 0 ? size[i] : 1;
-  }
+  const Contiguous at(sizes);
   int32_t device_type = 0, device_index = 0;
   check_torch(aoti_torch_get_device_type(like.get(), &device_type));
   check_torch(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), size, stride, dtype_number(dtype),
-                                       device_type, device_index, &handle));
+  check_torch(
+      aoti_torch_empty_strided(at.dims, at.size, at.stride, dtype_number(dtype), device_type, device_index, &handle));
   const Tensor made(handle);
   if (made.is_cpu()) ask_for_large_pages(made.data_ptr(), static_cast<size_t>(made.numel()) * made.element_size());
   return made;
+}
+
+// A contiguous tensor over memory of the CPU that outlives it.
+inline Tensor over(void* memory, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  const Contiguous at(sizes);
+  AtenTensorHandle handle = nullptr;
+  check_torch(aoti_torch_create_tensor_from_blob(memory, at.dims, at.size, at.stride, 0, dtype_number(dtype),
+                                                 aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
@@ -96,6 +114,9 @@ inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return dtype_number(t) == dtype_number(dtype)
              ? t
              : call("aten::to", "dtype", t, dtype, false, false, std::optional<torch::headeronly::MemoryFormat>());
+}
+inline MaybeTensor to_dtype(const MaybeTensor& t, ScalarType dtype) {
+  return t ? MaybeTensor(to_dtype(*t, dtype)) : std::nullopt;
 }
 // Rows [begin, begin + count). Loops over time take several at each step: narrow would dispatch three operators.
 inline Tensor rows(const Tensor& t, int64_t begin, int64_t count) {

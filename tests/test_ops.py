@@ -405,3 +405,14 @@ def test_large_results_ask_for_large_pages():
         elif first == "VmFlags:" and begin <= middle < end:
             flags = rest.split()
     assert "hg" in flags
+
+
+def test_gradients_of_gates_take_no_new_memory():
+    T, B, H = 50, 8, 64
+    lstm, input = fastrnn.LSTM(H, H), torch.randn(T, B, H, requires_grad=True)
+    output, _ = lstm(input)
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        output.sum().backward()
+    events = profiler.kineto_results.events()
+    taken = sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
+    assert 0 < taken < T * B * 4 * H * 4

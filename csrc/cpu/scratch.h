@@ -43,6 +43,7 @@ class ScratchBlocks {
   }
 
   void give_back(Block block) {
+    if (block.bytes > kKeep) return std::free(block.data);  // none of the others has to go for it
     free_.push_back(block);
     kept_ += block.bytes;
     while (kept_ > kKeep) {  // the oldest first
