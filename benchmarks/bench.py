@@ -33,6 +33,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"bench.py: the package '{error.name}' is missing: run `make bench`, or pip install 'fastrnn[bench]'")
 
 LOCAL_RESULTS = Path(__file__).parent / "results" / "local"
+# Variables that choose how memory is allocated: new memory is a large part of what torch.nn takes.
+ALLOCATOR = ("GLIBC_TUNABLES", "LD_PRELOAD")
 # Share of the processors' time that other work may have before the numbers are called untrustworthy.
 BUSY = 0.05
 
@@ -248,6 +250,7 @@ def measure(case: Case, arguments: argparse.Namespace, conditions: Conditions) -
     baselines = [name for name in arguments.baselines if serves(name, case)]
     circumstances = [f"beside {arguments.busy} busy processes"] * bool(arguments.busy)
     circumstances += ["with pack_weights"] * (arguments.pack_weights and case.mode == "infer")
+    circumstances += [f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ]
     notes, memory = dict.fromkeys(baselines, ", ".join(circumstances)), {}
     try:
         problem = Problem(case, arguments.pack_weights)
