@@ -199,29 +199,33 @@ class WeightGradients {
     for_each_panel_of(share, [&](const Weight& weight, Units units, int64_t column) {
       Ahead ahead = share.panel_after(column, block.depth);
       for_each_tile(0, block.count, kRows, [&](int64_t first, int count) {
-        const R* rows[kMaxTileRows];
-        for (int r = 0; r < count; ++r) rows[r] = block.gates + (first + r) * block.depth;
+        const auto result = [&](int r) FASTRNN_INLINE { return weight.d_weight + (block.m0 + first + r) * weight.K; };
+        // Sums over the blocks gather in the results or, where narrowing would round each of them, beside.
+        const auto so_far = [&](int r, int64_t j) FASTRNN_INLINE {
+          if constexpr (kNarrows) {
+            const int64_t row = block.m0 + first + r - share.row_begin;
+            return share.sums.get() + row * share.columns() + column + j - units.begin;
+          } else {
+            return result(r) + j;
+          }
+        };
+        const R* rows[kMaxTileRows] = {};
+        for (int r = 0; r < count; ++r) {
+          rows[r] = block.gates + (first + r) * block.depth;
+          // They come from an outer cache while the product runs.
+          for (int64_t j = units.begin; block.n0 > 0 && j < units.end; j += kW) __builtin_prefetch(so_far(r, j), 1);
+        }
         alignas(64) T tile[kRows * Panel::kColumns];
         product_of_units<R, Panel>(units.end - units.begin, count, block.depth, rows, share.panel(column, block.depth),
                                    Panel::kColumns, nullptr, tile, ahead);
         for (int r = 0; r < count; ++r) {
-          const int64_t m = block.m0 + first + r;
-          S* const result = weight.d_weight + m * weight.K;
-          // Sums over the blocks gather in the results or, where narrowing would round each of them, beside.
-          const auto so_far = [&](int64_t j) FASTRNN_INLINE {
-            if constexpr (kNarrows) {
-              return share.sums.get() + (m - share.row_begin) * share.columns() + column + j - units.begin;
-            } else {
-              return result + j;
-            }
-          };
           for_each_vector<T>(units.begin, units.end, weight.K, [&](int64_t j, auto lanes) FASTRNN_INLINE {
             Vec<T> sum = load(tile + r * Panel::kColumns + j - units.begin);
-            if (block.n0 > 0) sum += load(so_far(j), lanes);
+            if (block.n0 > 0) sum += load(so_far(r, j), lanes);
             if (is_last(block)) {
-              store(result + j, sum, lanes);
+              store(result(r) + j, sum, lanes);
             } else {
-              store(so_far(j), sum, lanes);
+              store(so_far(r, j), sum, lanes);
             }
           });
         }
