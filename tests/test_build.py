@@ -133,15 +133,20 @@ def test_plan_splits_units_where_packing_outweighs_barriers() -> None:
     assert _C.plan_cpu(**sizes | {"P": 64}, **short).split == "rows"
 
 
-def test_plan_splits_units_where_many_threads_would_read_large_weights_from_one_cache() -> None:
+def test_plan_splits_units_where_threads_would_read_large_weights_from_one_cache() -> None:
     lstm = {"T": 100, "I": 512, "H": 512, "P": 512, "gates": 4, "threads": 16}
     assert _C.plan_cpu(**lstm, B=64).split == "units"
     assert _C.plan_cpu(**lstm, B=64, backward=True).split == "units"
     assert _C.plan_cpu(**lstm, B=256).split == "rows"
-    assert _C.plan_cpu(**lstm | {"threads": 4}, B=16).split == "rows"  # one cache serves so many
     assert _C.plan_cpu(**lstm | {"H": 256, "P": 256}, B=64).split == "rows"  # a thread's own cache holds them
     assert _C.plan_cpu(**lstm | {"H": 600, "P": 600}, B=64).split == "rows"  # some threads would have three vectors
     assert _C.plan_cpu(**lstm | {"P": 64}, B=64).split == "rows"
+    few = lstm | {"threads": 2}
+    assert _C.plan_cpu(**few, B=16).split == "units"
+    assert _C.plan_cpu(**few, B=32).split == "rows"  # one cache serves so many
+    assert _C.plan_cpu(**few | {"H": 256, "P": 256}, B=8).split == "rows"
+    assert _C.plan_cpu(**few | {"H": 520, "P": 520}, B=16).split == "units"
+    assert _C.plan_cpu(**few | {"P": 64}, B=16).split == "rows"
 
 
 def test_plan_runs_both_directions_at_once_where_threads_wait_or_idle() -> None:
