@@ -100,7 +100,7 @@ inline CpuPlan plan_layer(const CpuProblem& p) {
   // From here on the weights are read from cache often enough per step that reading them in every thread is free. Where
   // they are more than a thread's own cache holds, threads read them from the one that they share, and need more rows
   // for it, many threads the most (from its bandwidth; not measured): unless units come out uneven, each keeps its part
-  // of them. Of two threads with 4 to 8 rows each, those that share units of so many weights take 0.88 to 1.01 of the
+  // of them. Of two threads with 4 to 8 rows each, those that share units of so many weights take 0.87 to 1.04 of the
   // time.
   constexpr int64_t kWeightsInOwnCache = 1 << 18, kWeightsBeyondOwnCache = 3 << 17, kFewThreads = 4;
   const int64_t most_vectors = (vectors + p.threads - 1) / p.threads;
