@@ -401,6 +401,9 @@ class LayerStack(PacksWeights, nn.RNNBase):
             # A sequence that begins at t ends, seen from behind, at t: the states are reset before t - 1.
             ends = controls["reset"].roll(-1, 0)
             ends[-1] = False
+            if "lengths" in controls:  # nothing begins in padding
+                steps_before = torch.arange(1, ends.size(0) + 1, device=ends.device).unsqueeze(1)
+                ends = ends & (steps_before < controls["lengths"])
             controls = controls | {"reset": ends}
         return options.run(self._op, input, (w_ih, w_hh, b_ih, b_hh), states, **where, **named, **controls, **drawn)  # type: ignore[no-any-return]
 

@@ -130,6 +130,15 @@ def test_reset_drops_the_initial_state_and_follows_batch_first():
     assert_same([output[0]], [module(input, hx)[0][0]])
 
 
+def test_a_reset_in_padding_changes_nothing():
+    module = build("lstm", bidirectional=True)
+    input, hx = draw(T, B, I), (draw(2, B, H, seed=4), draw(2, B, H, seed=5))
+    padding = torch.arange(T).unsqueeze(1) >= LENGTHS
+    expected, last = module(input, hx, lengths=LENGTHS)
+    output, states = module(input, hx, lengths=LENGTHS, reset=padding)
+    assert_same([output, *states], [expected, *last], 0)
+
+
 @pytest.mark.parametrize("options", ({}, {"bidirectional": True, "num_layers": 2}, {"batch_first": True}), ids=str)
 def test_all_cell_states(options):
     module = build("lstm", **options)
