@@ -36,10 +36,10 @@ def as_hx(states: States) -> Any:
     return states[0] if len(states) == 1 else tuple(states)
 
 
-def read_weights(module: nn.Module, names: Iterable[str]) -> list[Any]:
-    """The current weights of these names, None where there is none."""
+def read_weights(module: nn.Module, names: Iterable[str], *default: None) -> list[Any]:
+    """The current weights of these names; where there is none the default, or an AttributeError."""
     parameters = module._parameters  # a look here first saves most of the time of Module.__getattr__
-    return [parameters[name] if name in parameters else getattr(module, name, None) for name in names]
+    return [parameters[name] if name in parameters else getattr(module, name, *default) for name in names]
 
 
 def check_alike(input: Tensor, kind: str, tensors: Iterable[Tensor | None]) -> None:
@@ -158,7 +158,7 @@ class LayerStack(PacksWeights, nn.RNNBase):
     @property
     def _flat_weights(self) -> list[Any]:
         # RNNBase keeps a list, which goes stale when a weight is replaced behind its back. A view cannot.
-        return read_weights(self, self._flat_weights_names)
+        return read_weights(self, self._flat_weights_names, None)
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Any]) -> None:

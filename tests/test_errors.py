@@ -301,6 +301,17 @@ def test_weights_of_another_form(cell, change):
         module(zeros(T, B, I))
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_without_one_of_its_weights(cell):
+    def call(namespace):
+        name, options = CELLS[cell]
+        module = getattr(namespace, f"{name}Cell")(I, H, **options)
+        del module.weight_hh
+        module(zeros(B, I))
+
+    assert_same_error(call)
+
+
 def test_rnn_cell_nonlinearity():
     assert_same_error(lambda namespace: namespace.RNNCell(I, H, nonlinearity="gelu")(zeros(B, I)))
 
