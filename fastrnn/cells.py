@@ -5,23 +5,22 @@ Letters in shapes: B batch, I input_size, H hidden_size.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrnn import ops
-from fastrnn.autograd import is_tracing
+from fastrnn.autograd import is_tracing, is_transformed
 from fastrnn.packing import PacksWeights
 from fastrnn.stack import (
     NO_SCRIPT,
     Device,
     States,
     as_hx,
+    autocast_dtype,
     call_autocast,
     check_alike,
-    is_autocast_on,
     read_weights,
 )
 
@@ -29,18 +28,30 @@ _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class _Cell(PacksWeights, nn.RNNCellBase):
-    """What the cells share: the forms of the input and the checks. A cell is its layer at T = 1."""
+    """What the cells share: the forms of the input and the checks. A cell is its layer at T = 1.
+
+    Under autocast it is torch.nn's operator. For torch's own, autocast keeps the weights that it has cast from one step
+    to the next; to cast them anew costs more than a fused step saves.
+    """
 
     _kind: str  # of the cell, as of a `LayerStack`
     _promotes: tuple[bool, ...]  # for each state, what `call_autocast` asks
+    _autocast_by_torch = True  # False while `fastrnn.diagnostics` looks at the steps, which are ours then
 
     def _op(self, input: Tensor, *args: Any, library: Any = ops, **options: Any) -> Sequence[Tensor]:
         """Runs one step, of input (B, I): the states after it. The rest is as of a `LayerStack`."""
         raise NotImplementedError
 
     def _torch_operator(self, input: Tensor, hx: Any, *weights: Any) -> Any:
-        """The same step by torch.nn's own operator."""
+        """The same step by torch.nn's own operator, in its form."""
         raise NotImplementedError
+
+    def _torch_step(self, input: Tensor, weights: Sequence[Any], states: States | None) -> Sequence[Tensor]:
+        results = self._torch_operator(input, as_hx(states or self._zeros(input)), *weights)
+        return (results,) if isinstance(results, Tensor) else results
+
+    def _zeros(self, input: Tensor) -> States:
+        return [input.new_zeros(input.size(0), self.hidden_size)] * len(self._promotes)
 
     def __prepare_scriptable__(self) -> None:
         """As of a `LayerStack`."""
@@ -51,12 +62,14 @@ class _Cell(PacksWeights, nn.RNNCellBase):
         input = input.unsqueeze(0) if self._dim(input) == 1 else input
         weights = read_weights(self, _WEIGHTS)
         self._check_sizes(input, weights, None)
-        (input,) = call_autocast(self._check_weights, (False,), input, weights, None)
+        if autocast_dtype(input) is None:
+            self._check_weights(input, weights)
+        else:
+            self._torch_step(input, weights, None)
         return input.unsqueeze(0), None
 
-    def _check_weights(self, input: Tensor, weights: Sequence[Any], states: None = None) -> States:
+    def _check_weights(self, input: Tensor, weights: Sequence[Any]) -> None:
         check_alike(input, "parameter", [*weights[:2], *(bias for bias in weights[2:] if bias is not None)])
-        return (input,)
 
     def _dim(self, input: Tensor) -> int:
         dim = input.dim()
@@ -74,13 +87,17 @@ class _Cell(PacksWeights, nn.RNNCellBase):
         weights = read_weights(self, _WEIGHTS)
         if not is_tracing():
             self._check_sizes(input, weights, states)
-        step = partial(call_autocast, self._step, self._promotes) if is_autocast_on() else self._step
-        states = step(input, weights, states)
+        if autocast_dtype(input) is None:
+            states = self._step(input, weights, states)
+        elif self._autocast_by_torch and not is_transformed():  # lstm_cell has no batching rule
+            states = self._torch_step(input, weights, states)
+        else:
+            states = call_autocast(self._step, self._promotes, input, weights, states)
         return as_hx(states if dim == 2 else [state.squeeze(0) for state in states])
 
     def _step(self, input: Tensor, weights: list[Any], states: States | None) -> Sequence[Tensor]:
         if states is None:
-            states = [input.new_zeros(input.size(0), self.hidden_size)] * len(self._promotes)
+            states = self._zeros(input)
         else:
             check_alike(input, "hidden", states)
         self._check_weights(input, weights)
@@ -91,8 +108,7 @@ class _Cell(PacksWeights, nn.RNNCellBase):
         expected = (input.size(0), self.hidden_size)
         if input.size(1) != self.input_size or any([state.shape != expected for state in states or ()]):
             # torch.nn's words, which change from one version to the next, are those of its operator.
-            states = states or [input.new_zeros(expected)] * len(self._promotes)
-            self._torch_operator(input, as_hx(states), *weights)
+            self._torch_step(input, weights, states)
 
     def _states(self, hx: Any) -> States:
         self._check_state_dim(hx, "hidden")
@@ -138,12 +154,16 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def _torch_operator(self, input: Tensor, hx: Any, *weights: Any) -> Any:
+        self._check_nonlinearity()
         operator = torch.rnn_relu_cell if self.nonlinearity == "relu" else torch.rnn_tanh_cell
         return operator(input, hx, *weights)
 
-    def _op(self, input: Tensor, *args: Any, library: Any = ops, **options: Any) -> Sequence[Tensor]:
+    def _check_nonlinearity(self) -> None:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+
+    def _op(self, input: Tensor, *args: Any, library: Any = ops, **options: Any) -> Sequence[Tensor]:
+        self._check_nonlinearity()
         h = ops.rnn_step(self.nonlinearity, input, *args) if library is ops else None
         if h is not None:
             return (h,)

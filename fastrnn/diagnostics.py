@@ -267,6 +267,9 @@ def _step_by_step(model: nn.Module, caller: str) -> Iterator[dict[str, list[_Ste
                 recorder = _Recorder(module, name or type(module).__name__, steps)
                 stack.callback(delattr, module, "_op")
                 module._op = recorder.run  # type: ignore[method-assign]
+            if isinstance(module, cells._Cell):
+                stack.callback(delattr, module, "_autocast_by_torch")
+                module._autocast_by_torch = False
             if isinstance(module, LayerStack) and module.options.checkpoint is not None:
                 stack.callback(setattr, module, "options", module.options)
                 module.options = replace(module.options, checkpoint=None)  # it would call the operator in pieces

@@ -13,7 +13,7 @@ from fastrnn import _C, _library, cells, wavefront
 from fastrnn.convert import reason_against as reason_against_converting
 from fastrnn.options import beyond_torch
 from fastrnn.packing import reason_against as reason_against_keeping
-from fastrnn.stack import LayerStack, read_weights
+from fastrnn.stack import LayerStack, autocast_dtype, read_weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
     is_cell = isinstance(module, nn.RNNCellBase)
     options: Any = module  # Module.__getattr__ has no type for them
     data, batch_sizes = options._checked(input)
+    by_torch = is_cell and autocast_dtype(data) is not None
     T, B = data.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
     hidden = options.hidden_size
     projected = hidden if is_cell else options.proj_size or hidden
@@ -68,8 +69,8 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
     gates = options.weight_hh.size(0) if is_cell else options.weight_hh_l0.size(0)
     problem: dict[str, Any] = {"T": T, "B": B, "H": hidden, "gates": gates // hidden}
     beyond = None if is_cell else beyond_torch(module)
-    taken = _cpu_takes(dtype, beyond) if data.device.type == "cpu" else None
-    unpacked = _reason_against_packing(module, dtype) if module._packings else None
+    taken = _cpu_takes(dtype, beyond) if data.device.type == "cpu" and not by_torch else None
+    unpacked = _reason_against_packing(module, dtype) if module._packings and not by_torch else None
 
     lines = []
     for layer in range(layers):
@@ -80,6 +81,8 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
             if data.device.type not in ("cpu", "cuda"):
                 outcome = "a call works out shapes alone" if data.is_meta else "a call raises"
                 path = f"there is no kernel for {data.device.type}: {outcome}"
+            elif by_torch:
+                path = "torch's own operator, for which autocast keeps the weights that it has cast"
             elif data.device.type == "cuda":
                 path = _cuda_path(problem, directions, module._kind, projected != hidden, dtype, data.device, beyond)
             else:

@@ -66,6 +66,15 @@ def is_autocast_on() -> bool:
     return torch._C._is_any_autocast_enabled()  # RNNBase asks it too
 
 
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """What autocast computes in on the device of the input; None where it is off."""
+    if not is_autocast_on():
+        return None
+    device = input.device.type
+    is_on = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else None
+
+
 def call_autocast(
     run: Callable[..., Sequence[Tensor]],
     promotes: Sequence[bool],
@@ -79,10 +88,9 @@ def call_autocast(
     CPU autocast of torch.nn returns in the wider dtype what is carried from step to step by elementwise arithmetic, the
     h of a GRU and mostly the c of an LSTM. `promotes` tells for each result whether it is so.
     """
-    device = input.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    device, dtype = input.device.type, autocast_dtype(input)
+    if dtype is None:
         return run(input, weights, states, *rest)
-    dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Any) -> Any:
         is_eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64

@@ -214,6 +214,20 @@ def test_cells(name, device):
     assert_trees_close(*(jvp(f, (parameters, inputs[0]), tangents) for f in (ours_of, theirs_of)))
 
 
+@pytest.mark.parametrize("name", CELL_MODULES)
+def test_vmap_of_cells_under_autocast(name, device):
+    """Which torch.nn's cells do not take."""
+    cell, inputs = getattr(fastrnn, name)(3, 4, device=device), torch.randn(5, 2, 3, device=device)
+
+    def loss(input):
+        with torch.autocast(device.type, torch.bfloat16):
+            return sum(t.float().sin().sum() for t in tree_leaves(cell(input)))
+
+    for function in (loss, grad(loss)):
+        expected = torch.stack([function(input) for input in inputs])
+        torch.testing.assert_close(vmap(function)(inputs), expected, rtol=0.02, atol=0.001)
+
+
 @pytest.mark.parametrize("mapped", ["lengths", "reset", "both"])
 def test_vmap_over_what_is_said_of_the_steps(mapped, device):
     """Members of lengths and episodes of their own."""

@@ -349,6 +349,29 @@ def test_calls_continue_one_axis_of_time(library):
     torch.testing.assert_close(flow.norms["cell"], norms[3:])
 
 
+@pytest.mark.parametrize("name", ("RNN", "GRU", "LSTM"))
+def test_a_cell_under_autocast(name):
+    class Loop(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.cell, self.dtype = getattr(fastrnn, f"{name}Cell")(I, H), dtype
+
+        def forward(self, input):
+            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+                hx = None
+                for x in input:
+                    hx = self.cell(x, hx)
+            return (hx[0] if name == "LSTM" else hx).float()
+
+    models = [Loop(dtype) for dtype in (torch.bfloat16, torch.float32)]
+    models[1].load_state_dict(models[0].state_dict())
+    arguments = (torch.randn(T, B, I), torch.randn(B, H))
+    flows = [gradient_flow(model, arguments, mse_loss).norms["cell"] for model in models]
+    torch.testing.assert_close(*flows, rtol=0.05, atol=0)
+    assert saturation(models[0], arguments).shares.keys() == {"cell"}
+    assert models[0].cell._autocast_by_torch
+
+
 def test_frozen_weights_no_grad_and_states_without_influence():
     lstm = fastrnn.LSTM(I, H).requires_grad_(False)
     input = torch.randn(T, B, I)

@@ -362,6 +362,9 @@ def test_explain_a_cell(name, device):
     assert explanation.layers[0].startswith(f"{name} (T=1 B=2 I=3 H=4 float32)")
     is_left_to_torch = "torch's own operator for one step" in explanation.layers[0]
     assert is_left_to_torch == (name == "RNNCell" and device.type == "cpu")
+    with torch.autocast(device.type, torch.bfloat16):
+        explanation = fastrnn.explain(getattr(fastrnn, name)(3, 4, device=device), torch.randn(2, 3, device=device))
+    assert "float32): torch's own operator, for which autocast keeps" in explanation.layers[0]
 
 
 @pytest.mark.parametrize("name", ("RNN", "GRU", "LSTM", "SLSTM", *CELL_MODULES))

@@ -448,3 +448,24 @@ def test_autocast_parity(case, device, layout):
     """The dtypes that torch.nn returns, and values as near to the truth. (In float16 nn.LSTM fails on the CPU.)"""
     with torch.autocast(device.type, torch.bfloat16):
         check_parity(replace(case, layout=layout), fastrnn, device, precision=torch.bfloat16)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_cells_under_autocast_are_torch_nn(cell, device):
+    """To the bit, over steps: each weight is cast once, and so is its gradient."""
+    name, options = CELLS[cell]
+    ours = getattr(fastrnn, f"{name}Cell")(5, 7, **options, device=device)
+    theirs = getattr(nn, f"{name}Cell")(5, 7, **options, device=device)
+    theirs.load_state_dict(ours.state_dict())
+    input = torch.randn(4, 3, 5, device=device)
+    results = []
+    for module in (ours, theirs):
+        hx, states = None, []
+        with torch.autocast(device.type, torch.bfloat16):
+            for x in input:
+                hx = module(x, hx)
+                states += hx if isinstance(hx, tuple) else [hx]
+        sum(state.float().sin().sum() for state in states).backward()
+        results.append([*states, *(parameter.grad for parameter in module.parameters())])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=0)
