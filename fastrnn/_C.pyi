@@ -2,7 +2,9 @@
 """The facts of this build and of the processor, and the plan of a layer."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypedDict
+
+from typing_extensions import Required, Unpack
 
 version: str
 """Version of fastrnn that was compiled."""
@@ -120,32 +122,34 @@ class CudaPlan:
     def reason(self) -> str:
         """Why, in a few words."""
 
-def plan_cuda(
-    *,
-    T: int,
-    B: int,
-    H: int,
-    gates: int,
-    states: int,
-    projection: bool = False,
-    arithmetic: Literal["fp16", "bf16", "tf32", "fp32", "fp64"],
-    backward: bool = False,
-    capability: int = 90,
-    multiprocessors: int = 132,
-    shared_per_block: int = 232448,
-    l2_bytes: int = 52428800,
-    clusters: Sequence[int] = (66, 32, 16, 8),
-    path: Literal["", "gates", "persistent"] = "",
-    grade: int = 0,
-    blocks: int = 0,
-    teams: int = 0,
-    groups_in_shared: int = -1,
-    chunks: int = 0,
-    layers: int = 1,
-    measured: bool = False,
-    wavefronts_measured: bool = False,
-) -> CudaPlan:
-    """The plan for one pass of a layer, or of both directions of it at once, on a device with the limits of an H100.
+class _CudaQuestion(TypedDict, total=False):
+    """A pass, the device that it would run on (by default with the limits of an H100), and what is forced."""
+
+    T: Required[int]
+    B: Required[int]
+    H: Required[int]
+    gates: Required[int]
+    states: Required[int]
+    projection: bool
+    arithmetic: Required[Literal["fp16", "bf16", "tf32", "fp32", "fp64"]]
+    backward: bool
+    layers: int
+    capability: int
+    multiprocessors: int
+    shared_per_block: int
+    l2_bytes: int
+    clusters: Sequence[int]
+    measured: bool
+    wavefronts_measured: bool
+    path: Literal["", "gates", "persistent"]
+    grade: int
+    blocks: int
+    teams: int
+    groups_in_shared: int
+    chunks: int
+
+def plan_cuda(**question: Unpack[_CudaQuestion]) -> CudaPlan:
+    """The plan for one pass of a layer, or of both directions of it at once.
 
     What is given of `path`, `grade`, `blocks`, `teams` and `groups_in_shared` is forced; a forced path that cannot
     serve comes back as "gates" with the reason. `clusters`: of 2, 4, 8 and 16 blocks that run at once. `measured`:
@@ -163,31 +167,7 @@ class Wavefront:
     def reason(self) -> str:
         """Why, in a few words."""
 
-def plan_wavefront(
-    *,
-    T: int,
-    B: int,
-    H: int,
-    gates: int,
-    states: int,
-    projection: bool = False,
-    arithmetic: Literal["fp16", "bf16", "tf32", "fp32", "fp64"],
-    backward: bool = False,
-    capability: int = 90,
-    multiprocessors: int = 132,
-    shared_per_block: int = 232448,
-    l2_bytes: int = 52428800,
-    clusters: Sequence[int] = (66, 32, 16, 8),
-    path: Literal["", "gates", "persistent"] = "",
-    grade: int = 0,
-    blocks: int = 0,
-    teams: int = 0,
-    groups_in_shared: int = -1,
-    chunks: int = 0,
-    layers: int = 1,
-    measured: bool = False,
-    wavefronts_measured: bool = False,
-) -> Wavefront:
+def plan_wavefront(**question: Unpack[_CudaQuestion]) -> Wavefront:
     """The plan for two layers of these sizes in one direction, where a pass of each is `plan_cuda`'s.
 
     `chunks` forces that many, 1 none. `backward`: forward and backward. `layers` is not read. `wavefronts_measured`:
