@@ -19,26 +19,24 @@ def of_forward(operator: "Operator", info: Any, in_dims: Sequence[int | None], *
     if batch_sizes is not None or not plain or any(dim is not None for dim in in_dims[1:first_state]):
         return _one_by_one(operator.forward, info, in_dims, arguments)
 
-    # V members of B rows each.
-    def fold(index: int, member_dim: int) -> Tensor:
+    # V members of B rows each. Rows are the last dimension but one: of c0 of an sLSTM, (3, B, H), not the first.
+    def fold(index: int) -> Tensor:
         tensor, dim = arguments[index], in_dims[index]
         if dim is None:
             tensor, dim = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape), 0
+        member_dim = tensor.dim() - 3
         return tensor.movedim(dim, member_dim).flatten(member_dim, member_dim + 1)  # type: ignore[no-any-return]
 
-    states = [fold(index, 0) for index in range(first_state, operator.floats)]
-    results = operator.forward(fold(0, 1), *arguments[1:first_state], *states, *arguments[operator.floats :])
+    states = [fold(index) for index in range(first_state, operator.floats)]
+    results = operator.forward(fold(0), *arguments[1:first_state], *states, *arguments[operator.floats :])
     members_and_rows = (info.batch_size, states[0].size(0) // info.batch_size)
-    output, *states = results[: 1 + operator.states]
-    unfolded = (
-        output.unflatten(1, members_and_rows),
-        *(s.unflatten(0, members_and_rows) for s in states),
-        *(  # (T*V*B, K) to (V, T*B, K)
-            None if t is None else t.unflatten(0, (-1, *members_and_rows)).movedim(1, 0).flatten(1, 2)
-            for t in results[1 + operator.states :]
-        ),
-    )
-    return unfolded, (1, *(None if result is None else 0 for result in unfolded[1:]))
+    unfolded = [result.unflatten(-2, members_and_rows) for result in results[: 1 + operator.states]]
+    saved = [  # (T*V*B, K) to (V, T*B, K)
+        None if t is None else t.unflatten(0, (-1, *members_and_rows)).movedim(1, 0).flatten(1, 2)
+        for t in results[1 + operator.states :]
+    ]
+    dims = [*(result.dim() - 3 for result in unfolded), *(None if t is None else 0 for t in saved)]
+    return (*unfolded, *saved), tuple(dims)
 
 
 def of_backward(operator: "Operator", info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:

@@ -134,6 +134,22 @@ def test_vmap_over_states(device):
     )
 
 
+def test_vmap_over_states_of_an_slstm(device):
+    """Of its three states beside h, rows are not the first dimension."""
+    module = fastrnn.SLSTM(2, 3, device=device)
+    inputs, states = torch.randn(4, 5, 2, 2, device=device), torch.rand(4, 4, 1, 2, 3, device=device)
+
+    def loss(input, states):
+        output, last = module(input, tuple(states))
+        return sum(result.sin().sum() for result in (output, *last))
+
+    members = list(zip(inputs, states, strict=True))
+    assert_trees_close(vmap(loss)(inputs, states), torch.stack([loss(*member) for member in members]))
+    ours = vmap(grad(loss, argnums=(0, 1)))(inputs, states)
+    expected = [torch.func.grad(loss, argnums=(0, 1))(*member) for member in members]
+    assert_trees_close(ours, tuple(torch.stack(grads) for grads in zip(*expected, strict=True)))
+
+
 def test_vmap_over_weights(model):
     ensemble, input = model.ensemble(3), model.input()
     members = [{name: p[k] for name, p in ensemble.items()} for k in range(3)]
