@@ -340,7 +340,10 @@ def _backward_arguments(
     arguments, (output, *saved) = tensors[:end], tensors[end : end + 1 + operator.saved]
     controls = _put_tensors(kept.controls, tensors[end + 1 + operator.saved :])
     if not kept.save:
-        output, *rest = operator.forward(*arguments, kept.reverse, True, *controls)
+        # Within a transform the operator is its definition, which saves nothing.
+        in_transform = torch._C._are_functorch_transforms_active()
+        forward = partial(_FastrnnLayer.apply, operator) if in_transform else operator.forward
+        output, *rest = forward(*arguments, kept.reverse, True, *controls)
         saved = rest[operator.results - 1 :]
     return (
         *grad_results[: operator.results],

@@ -6,6 +6,7 @@ import torch
 from test_options import LENGTHS, MODULES, B, I, T, assert_same, build, draw, gradients, states_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -99,3 +100,11 @@ def test_recorded_lengths():
     assert_same([program(others)], [module(input, lengths=others)[0]])
     with pytest.raises(RuntimeError, match="expected lengths from 0 to the number of steps of input"):
         program(others + T)
+
+
+@pytest.mark.parametrize("transform", (grad, lambda f: grad(lambda x: grad(f)(x).sin().sum()), lambda f: vmap(grad(f))))
+@pytest.mark.parametrize("name", MODULES)
+def test_torch_func_of_a_layer_that_recomputes(name, transform):
+    input = draw(4, T, I)
+    modules = (build(name, checkpoint=steps) for steps in (2, None))
+    assert_same(*([transform(lambda x, m=m: m(x)[0].sin().sum())(input)] for m in modules))
