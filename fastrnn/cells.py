@@ -182,7 +182,7 @@ class GRUCell(_Cell):
 
     A call takes `input` (B, I) or (I,) and optionally `h` (B, H) or (H,), zero by default, and returns h'.
 
-    Difference: complex weights are refused.
+    Differences: complex weights, sparse input, and an input_size or a hidden_size of 0 are refused.
 
     Raises:
         TypeError: As torch.nn.GRUCell, for an argument of the wrong type.
@@ -226,7 +226,7 @@ class LSTMCell(_Cell):
     A call takes `input` (B, I) or (I,) and optionally `(h, c)`, each (B, H) or (H,), zero by default, and returns
     `(h', c')`.
 
-    Difference: complex weights are refused.
+    Differences: complex weights, sparse input, and an input_size or a hidden_size of 0 are refused.
 
     Raises:
         TypeError: As torch.nn.LSTMCell, for an argument of the wrong type.

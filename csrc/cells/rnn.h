@@ -5,8 +5,7 @@
 //
 // A cell takes values and gives values: no pointer, no storage type, no loop over units. It sees the input gates
 // gx = W_ih x + b_ih and the hidden gates gh = W_hh h + b_hh apart, and w, its parameters beside the weights: one
-// value of each per unit. A cell that needs a matrix product between its gates (the GRU that resets before the product)
-// does not fit this interface.
+// value of each per unit. A cell with a matrix product between its gates takes a step in two halves: GruBeforeCell.
 #pragma once
 
 #include "math.h"
