@@ -144,6 +144,8 @@ def rnn_step(
     step = _RNN_STEP.get(nonlinearity)
     if step is None or not input.is_cpu or torch.compiler.is_compiling():
         return None
+    if torch._C._are_functorch_transforms_active():  # torch.vmap has no rule for them, and loops over its members
+        return None
     arguments = (input, h, w_ih, w_hh, b_ih, b_hh)
     is_small = input.size(0) * (w_ih.numel() + w_hh.numel()) < _STEP_WORTH_FUSING
     wants_gradients = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)

@@ -230,6 +230,15 @@ def test_cells(name, device):
     assert_trees_close(*(jvp(f, (parameters, inputs[0]), tangents) for f in (ours_of, theirs_of)))
 
 
+@pytest.mark.filterwarnings("error")
+def test_vmap_of_a_step_of_an_rnn_is_one_call(device):
+    cell, layer = fastrnn.RNNCell(3, 4, device=device), fastrnn.RNN(3, 4, device=device)
+    inputs = torch.randn(5, 2, 3, device=device)
+    torch.testing.assert_close(vmap(cell)(inputs), torch.stack([cell(input) for input in inputs]))
+    outputs = [layer(input[None])[0] for input in inputs]
+    torch.testing.assert_close(vmap(lambda input: layer(input[None])[0])(inputs), torch.stack(outputs))
+
+
 @pytest.mark.parametrize("name", CELL_MODULES)
 def test_vmap_of_cells_under_autocast(name, device):
     """Which torch.nn's cells do not take."""
