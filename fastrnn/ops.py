@@ -3,8 +3,8 @@
 
 One operator runs one layer in one direction, eagerly another one both directions. Backward is an operator of its own;
 its derivative, which double backward asks for, is taken through `fastrnn.reference`, and so is forward-mode
-differentiation as a whole. Under `torch.vmap` the operators run once per member. Autocast does not reach into them:
-they compute in the dtype of their arguments.
+differentiation as a whole. Under `torch.vmap` members that share their weights are one batch; others, and backward, run
+one by one. Autocast does not reach into the operators: they compute in the dtype of their arguments.
 
 Letters: T time, B batch, I input, H hidden, P projection (P = H without one), N the sum of `batch_sizes`, G gates.
 """
