@@ -262,12 +262,8 @@ BackwardCall h_backward(const MaybeTensor& grad_output, const MaybeTensor& grad_
   ForwardCall forward = h_forward<Cell, bool>(input, w_ih, w_hh, b_ih, b_hh, w_cell, h0, batch_sizes, reverse, true,
                                               lengths, reset, h_mask, zone_h, grad_clip);
   forward.arguments.op = kNames<Cell>.backward;
-  ForwardResult saved;
-  saved.output = output;
-  saved.saved_gates = dense(saved_gates);
-  saved.h_in = dense(h_in);
   return {std::move(forward.arguments),
-          std::move(saved),
+          {output, {}, {}, {}, dense(saved_gates), {}, {}, dense(h_in)},
           {grad_output, grad_h_n, std::nullopt, std::nullopt},
           need_input,
           need_weights,
@@ -323,14 +319,8 @@ BackwardCall c_backward(const MaybeTensor& grad_output, const MaybeTensor& grad_
   ForwardCall forward = c_forward<Cell, bool>(input, w_ih, w_hh, b_ih, b_hh, w_hr, w_cell, h0, c0, batch_sizes, reverse,
                                               true, lengths, reset, h_mask, zone_h, grad_clip, zone_c, return_cells);
   forward.arguments.op = kNames<Cell>.backward;
-  ForwardResult saved;
-  saved.output = output;
-  saved.saved_gates = dense(saved_gates);
-  saved.saved_c = dense(saved_c);
-  saved.saved_m = dense(saved_m);
-  saved.h_in = dense(h_in);
   return {std::move(forward.arguments),
-          std::move(saved),
+          {output, {}, {}, {}, dense(saved_gates), dense(saved_c), dense(saved_m), dense(h_in)},
           {grad_output, grad_h_n, grad_c_n, return_cells ? grad_cells : std::nullopt},
           need_input,
           need_weights,
