@@ -18,16 +18,18 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 @st.composite
 def cases(draw_value, dtypes=DTYPES):
     cell = draw_value(st.sampled_from(list(CELLS)))
-    # A gradient of few numbers can cancel to almost nothing, and its relative error then means nothing. Of 4 units relu
-    # may leave one: with 2 steps, a gradient of 1 number was off by 32 roundings, and by 163 in torch.nn when its
-    # arguments were changed by one.
+    # A gradient of few numbers can cancel to almost nothing, and its relative error then means nothing. Of 1 number
+    # (the input's if T = B = I = 1, an LSTM's h0 if B = P = 1) it was too far off in 2 % of the draws, in half of them
+    # torch.nn's; of 4, as every gradient has here, in none. Of 4 units relu may leave one: with 2 steps, a gradient of
+    # 1 number was off by 32 roundings, and by 163 in torch.nn when its arguments were changed by one.
+    T = draw_value(st.integers(1, 24))  # noqa: N806
     H = draw_value(st.integers(16 if cell == "rnn_relu" else 4, 70))  # noqa: N806
     num_layers = draw_value(st.integers(1, 3))
     return Case(
         cell,
-        T=draw_value(st.integers(1, 24)),
+        T=T,
         B=draw_value(st.integers(1, 20)),
-        I=draw_value(st.integers(1, 70)),
+        I=draw_value(st.integers(1 if T >= 4 else 4, 70)),
         H=H,
         dtype=draw_value(st.sampled_from(dtypes)),
         layout=draw_value(st.sampled_from(LAYOUTS)),
@@ -35,7 +37,7 @@ def cases(draw_value, dtypes=DTYPES):
         num_layers=num_layers,
         bidirectional=draw_value(st.booleans()),
         bias=draw_value(st.booleans()),
-        proj_size=draw_value(st.integers(0, H - 1)) if cell == "lstm" and draw_value(st.booleans()) else 0,
+        proj_size=draw_value(st.sampled_from([0, *range(4, H)])) if cell == "lstm" and draw_value(st.booleans()) else 0,
         dropout=draw_value(st.sampled_from([0.0, 0.4])) if num_layers > 1 else 0.0,
     )
 
