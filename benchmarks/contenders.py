@@ -141,6 +141,8 @@ def _onnxruntime(problem: Problem) -> Call:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = problem.case.threads
     options.inter_op_num_threads = 1
+    # By default its threads go on spinning after a call, for longer than the pause before the next contender's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(_onnx_model(problem), options, providers=["CPUExecutionProvider"])
     feed = {"x": problem.padded.numpy()}
 
