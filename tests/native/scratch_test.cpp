@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What one call gives back the next one finds, however small; and a block far too large stays for who needs it.
+// What one call gives back the next one finds, however small; a block far too large stays for who needs it; and one
+// beyond what is kept drives none of the others out.
 #include "cpu/scratch.h"
 
 #include <cstdio>
@@ -27,5 +28,10 @@ int main() {
     ++failures;
   }
   blocks.give_back(other);
+  blocks.give_back(blocks.take(size_t{161} << 20));
+  if (blocks.take(4 << 20).data != large.data) {
+    std::printf("a block beyond what is kept drove out the others\n");
+    ++failures;
+  }
   return failures > 0;
 }
