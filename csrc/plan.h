@@ -26,8 +26,8 @@ struct CpuProblem {
   bool packed = false;  // the weights are there packed as well
 
   constexpr int64_t recurrent_weights() const { return gates * H * P + (P != H || two_products ? P * H : 0); }
-  constexpr int64_t weights() const { return recurrent_weights() + gates * H * I; }  // of a layer
-  constexpr int64_t multiply_adds() const { return T * B * weights(); }
+  // Of a layer, in multiply-adds: to read a weight for the first time takes as long as to multiply with it once.
+  constexpr int64_t work() const { return (T * B + 1) * (recurrent_weights() + gates * H * I); }
 };
 
 struct CpuPlan {
@@ -39,9 +39,8 @@ struct CpuPlan {
 };
 
 // Starting a parallel region costs about what one thread does in 0.3 million multiply-adds; on a busy machine, a slice
-// of a core's time. Two threads gain it back with twice as many. To read a weight for the first time takes as long as
-// to multiply with it once.
-constexpr bool worth_threads(int64_t multiply_adds, int64_t weights = 0) { return multiply_adds + weights >= 600'000; }
+// of a core's time. Two threads gain it back with twice as many.
+constexpr bool worth_threads(int64_t multiply_adds) { return multiply_adds >= 600'000; }
 
 // Packing a weight costs about what this many rows cost that are multiplied with it.
 inline constexpr int64_t kRowsWorthPacking = 16;
@@ -88,8 +87,7 @@ inline CpuPlan plan_layer(const CpuProblem& p) {
   };
 
   if (p.threads <= 1) return plan(Split::rows, 1, "one thread is allowed");
-  if (!worth_threads(p.multiply_adds(), p.weights()))
-    return plan(Split::rows, 1, "too little work for a second thread");
+  if (!worth_threads(p.work())) return plan(Split::rows, 1, "too little work for a second thread");
   // In a short sequence each weight is packed and read by one thread alone, for few barriers: one step needs none.
   constexpr int64_t kFewSteps = 20, kUnitsPerThread = 128;  // a panel has up to 64 units
   const bool splits_units = p.P == p.H && !p.two_products && !p.normalises;
@@ -136,8 +134,7 @@ inline CpuPlan plan_cpu(const CpuProblem& p) {
   half.threads = p.threads / 2;
   const bool shares_units =
       in_turn.split == Split::units && p.threads % 2 == 0 && p.recurrent_weights() <= half.threads * kCachedWeights;
-  const bool leaves_half_idle =
-      in_turn.threads <= half.threads && worth_threads(2 * p.multiply_adds(), 2 * p.weights());
+  const bool leaves_half_idle = in_turn.threads <= half.threads && worth_threads(2 * p.work());
   if (!shares_units && !leaves_half_idle) return in_turn;
   CpuPlan beside = plan_layer(half);
   beside.side_by_side = true;

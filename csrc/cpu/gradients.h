@@ -212,8 +212,7 @@ class WeightGradients {
         const R* rows[kMaxTileRows] = {};
         for (int r = 0; r < count; ++r) {
           rows[r] = block.gates + (first + r) * block.depth;
-          // They come from an outer cache while the product runs.
-          for (int64_t j = units.begin; block.n0 > 0 && j < units.end; j += kW) __builtin_prefetch(so_far(r, j), 1);
+          if (block.n0 > 0) prefetch(so_far(r, units.begin), units.end - units.begin, true);
         }
         alignas(64) T tile[kRows * Panel::kColumns];
         product_of_units<R, Panel>(units.end - units.begin, count, block.depth, rows, share.panel(column, block.depth),
