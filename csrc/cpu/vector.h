@@ -258,3 +258,25 @@ FASTRNN_HD Vec<Sum<S>> zone_share(const Controls<S>& controls, int k, int64_t at
 }
 
 }  // namespace fastrnn::FASTRNN_ISA
+
+#if defined(__x86_64__)
+namespace fastrnn {
+
+// Of NaN and another value the instructions give the second operand.
+template <>
+struct Limit<FASTRNN_ISA::Vec<float>> {
+  using V = FASTRNN_ISA::Vec<float>;
+#if FASTRNN_VECTOR_BYTES == 64  // masked, all lanes, as in Format<Half>
+  FASTRNN_HD static V at_most(V x, V high) { return (V)_mm512_maskz_min_ps(0xFFFF, (__m512)high, (__m512)x); }
+  FASTRNN_HD static V at_least(V x, V low) { return (V)_mm512_maskz_max_ps(0xFFFF, (__m512)low, (__m512)x); }
+#elif FASTRNN_VECTOR_BYTES == 32
+  FASTRNN_HD static V at_most(V x, V high) { return (V)_mm256_min_ps((__m256)high, (__m256)x); }
+  FASTRNN_HD static V at_least(V x, V low) { return (V)_mm256_max_ps((__m256)low, (__m256)x); }
+#else
+  FASTRNN_HD static V at_most(V x, V high) { return (V)_mm_min_ps((__m128)high, (__m128)x); }
+  FASTRNN_HD static V at_least(V x, V low) { return (V)_mm_max_ps((__m128)low, (__m128)x); }
+#endif
+};
+
+}  // namespace fastrnn
+#endif
