@@ -13,6 +13,18 @@
 
 namespace fastrnn {
 
+// h' = o tanh(c'), apart from the rest of a step; and its gradients.
+template <typename T>
+FASTRNN_HD T lstm_output(T o, T c) {
+  return o * tanh(c);
+}
+template <typename T>
+FASTRNN_HD void lstm_output_gradient(T o, T c, T d_h, T& d_o, T& d_c) {
+  const T tanh_c = tanh(c);
+  d_o = d_h * tanh_c;
+  d_c = d_h * o * tanh_grad(tanh_c);
+}
+
 // The LSTM up to o and c', which take the places of h' and c'.
 template <typename T>
 struct LstmGates {
@@ -67,7 +79,7 @@ struct LstmCell : LstmGates<T> {
                                  const Values<T, Gates::kParameters>& w, const Values<T, Gates::kStates>& prev,
                                  Values<T, Gates::kStates>& next, Values<T, Gates::kSaved>& saved) {
     Gates::forward(gx, gh, w, prev, next, saved);
-    next[0] = next[0] * tanh(next[1]);
+    next[0] = lstm_output(next[0], next[1]);
   }
 
   // With a projection, d_next[0] is the gradient of the value before it, o tanh(c'), and next[0] is not read.
@@ -75,8 +87,9 @@ struct LstmCell : LstmGates<T> {
                                   const Values<T, Gates::kStates>& prev, const Values<T, Gates::kStates>& next,
                                   const Values<T, Gates::kStates>& d_next, Values<T, Gates::kStates>& d_prev,
                                   Values<T, Gates::kGates>& d_gx, Values<T, Gates::kGates>& d_gh) {
-    const T tanh_c = tanh(next[1]), o = saved[3];
-    const Values<T, Gates::kStates> d_gates = {d_next[0] * tanh_c, d_next[1] + d_next[0] * o * tanh_grad(tanh_c)};
+    T d_o, d_c;
+    lstm_output_gradient(saved[3], next[1], d_next[0], d_o, d_c);
+    const Values<T, Gates::kStates> d_gates = {d_o, d_next[1] + d_c};
     Gates::backward(w, saved, prev, next, d_gates, d_prev, d_gx, d_gh);
   }
 };
@@ -170,5 +183,17 @@ struct PeepholeLstmCell {
     d_prev[1] = d_c * f + d_gx[0] * w[0] + d_gx[1] * w[1];
   }
 };
+
+// A cell up to o and c', if it ends with lstm_output; any other as it is.
+template <class Cell, typename = void>
+struct GatesOf {
+  using type = Cell;
+};
+template <class Cell>
+struct GatesOf<Cell, std::void_t<typename Cell::Gates>> {
+  using type = typename Cell::Gates;
+};
+template <class Cell>
+inline constexpr bool kHasOutput = !std::is_same_v<typename GatesOf<Cell>::type, Cell>;
 
 }  // namespace fastrnn

@@ -85,16 +85,4 @@ struct Statistics {
   }
 };
 
-// The output of an LSTM that normalises c', from y = gain_c LN(c') + bias_c.
-template <typename T>
-FASTRNN_HD T norm_output(T o, T y) {
-  return o * tanh(y);
-}
-template <typename T>
-FASTRNN_HD void norm_output_gradient(T o, T y, T d_h, T& d_o, T& d_y) {
-  const T tanh_y = tanh(y);
-  d_o = d_h * tanh_y;
-  d_y = d_h * o * tanh_grad(tanh_y);
-}
-
 }  // namespace fastrnn

@@ -379,7 +379,7 @@ class Backward {
           kept = share * d;
           d = (1.0f - share) * d;
         }
-        norm_output_gradient(load(o + j, lanes), y, d, d_o, d_y);
+        lstm_output_gradient(load(o + j, lanes), y, d, d_o, d_y);
         store(d_h + j, d_o);
         store(whole.d_c + j, d_y);
         if (carried) store(carried + j, kept, lanes);

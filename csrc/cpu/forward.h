@@ -309,78 +309,82 @@ class Forward {
     Ahead ahead = w_.hh.ahead(place + (is_upwards(at.s) ? 1 : -1));
     for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
       alignas(64) T h_gates[kRows * Gates::kColumns];
+      const StepRow* const rows = at.rows + first;
       const R* operands[kMostRows] = {};
-      for (int r = 0; r < count; ++r) operands[r] = at.rows[first + r].operand;
+      for (int r = 0; r < count; ++r) operands[r] = rows[r].operand;
       w_.hh.times(units, place, count, operands, h_gates, ahead);
-      for (int r = 0; r < count; ++r) {
-        const StepRow& row = at.rows[first + r];
-        T* h_gates_row = h_gates + r * Gates::kColumns;
-        const auto take = [&](const auto* x_gates, int64_t x_stride) {
-          if constexpr (kNormalises<Cell>) {
-            keep_products(units, row.b, x_gates, x_stride, h_gates_row);
-          } else {
-            update(units, at.s, row, x_gates, x_stride, h_gates_row, Gates::kBlock);
-          }
-        };
-        if (p_.w_ih) {
-          take(x_gates(chunk, units, row.in_chunk), Gates::kBlock);
+      const auto take = [&](const auto& x_gates_of, int64_t x_stride) {
+        if constexpr (kNormalises<Cell>) {
+          keep_products(units, rows, count, x_gates_of, x_stride, h_gates);
         } else {
-          take(chunk.input[row.in_chunk] + units.begin, p_.H);
+          update(units, at.s, rows, count, x_gates_of, x_stride, h_gates, Gates::kBlock);
         }
+      };
+      if (p_.w_ih) {
+        const T* const of_first = x_gates(chunk, units, rows[0].in_chunk);
+        take([&](int r) { return of_first + r * Gates::kColumns; }, Gates::kBlock);
+      } else {
+        take([&](int r) { return chunk.input[rows[r].in_chunk] + units.begin; }, p_.H);
       }
     });
   }
 
-  // The cell, for some units of one position. The strides lie between gates. Where the cell normalises c,
-  // what it made takes the places of its first two gates, for output_row.
-  template <typename X>
-  void update(Units units, int64_t s, const StepRow& at, const X* x_gates, int64_t x_stride, T* h_gates,
-              int64_t h_stride) const {
-    const S* h_prev;  // as the product reads it, where a cell resets before
-    if constexpr (kResetsBefore<Cell>) {
-      h_prev = at.operand;
-    } else {
-      h_prev = at.h;
-    }
-    const int64_t j0 = units.begin;
-    for_each_vector<T>(j0, units.end, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
-      Values<V, Cell::kGates> gx, gh;
-      for (int g = 0; g < Cell::kGates; ++g) {
-        gx[g] = load(x_gates + g * x_stride + j - j0, lanes);
-        gh[g] = load(h_gates + g * h_stride + j - j0, lanes);
-      }
+  // The cell, for some units of a tile of positions: x_gates_of(r) and h_gates [count, G, h_stride] from the first of
+  // them on. The strides lie between gates. Where a cell ends with an output of o and c', these take the places of its
+  // first two gates: tanh is a long wait, which several rows can share. Where it normalises c', finish_row goes on.
+  template <typename XGatesOf>
+  void update(Units units, int64_t s, const StepRow* rows, int count, const XGatesOf& x_gates_of, int64_t x_stride,
+              T* h_gates, int64_t h_stride) const {
+    const int64_t H = p_.H;
+    for_each_vector<T>(units.begin, units.end, H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+      const int64_t in_panel = j - units.begin;
       Values<V, Plain::kParameters> w;
-      for (int k = 0; k < Plain::kParameters; ++k) w[k] = load(p_.w_cell + k * p_.H + j, lanes);
-      Values<V, Cell::kStates> prev, next;
-      Values<V, Plain::kSaved> saved;
-      // With a projection h has another width than the cell; only the LSTM has one, and it reads h through W_hh alone.
-      prev[0] = p_.w_hr && !kResetsBefore<Cell> ? V{} : load(h_prev + j, lanes);
-      for (int k = 1; k < Cell::kStates; ++k) {
-        prev[k] = at.reset ? V{} : load(p_.c_n + ((k - 1) * p_.B + at.state) * p_.H + j, lanes);
-      }
-      Plain::forward(gx, gh, w, prev, next, saved);
-      if constexpr (kNormalisesC<Cell>) {
-        for (int k = 0; k < Cell::kStates; ++k) store(h_gates + k * h_stride + j - j0, next[k], lanes);
-      } else {
-        keep_h(s, at, j, prev[0], next[0], lanes);
-      }
-      if constexpr (kResetsBefore<Cell>) store(z_.get() + at.b * p_.H + j, saved[1], lanes);
-      if (p_.saved_gates) {
-        for (int k = 0; k < Plain::kSaved; ++k) {
-          store(p_.saved_gates + (at.row * Cell::kSaved + k) * p_.H + j, saved[k], lanes);
+      for (int k = 0; k < Plain::kParameters; ++k) w[k] = load(p_.w_cell + k * H + j, lanes);
+      for (int r = 0; r < count; ++r) {
+        const StepRow& at = rows[r];
+        const auto* const gx_row = x_gates_of(r) + in_panel;
+        T* const gh_row = h_gates + r * Cell::kGates * h_stride + in_panel;
+        Values<V, Cell::kGates> gx, gh;
+        for (int g = 0; g < Cell::kGates; ++g) {
+          gx[g] = load(gx_row + g * x_stride, lanes);
+          gh[g] = load(gh_row + g * h_stride, lanes);
         }
-      }
-      if constexpr (Cell::kStates == kZonedStates) {
-        if (p_.controls.zone[1]) {
-          next[1] = zoned(zone_share(p_.controls, 1, at.place * p_.H + j, lanes), prev[1], next[1]);
+        Values<V, Cell::kStates> prev, next;
+        Values<V, Plain::kSaved> saved;
+        // As the product reads it; or not at all, where a projection gives it another width than the cell's.
+        if constexpr (kResetsBefore<Cell>) prev[0] = load(at.operand + j, lanes);
+        if constexpr (!kResetsBefore<Cell>) prev[0] = p_.w_hr ? V{} : load(at.h + j, lanes);
+        for (int k = 1; k < Cell::kStates; ++k) {
+          prev[k] = at.reset ? V{} : load(p_.c_n + ((k - 1) * p_.B + at.state) * H + j, lanes);
         }
+        GatesOf<Plain>::type::forward(gx, gh, w, prev, next, saved);
+        if constexpr (kHasOutput<Plain> || kNormalisesC<Cell>) {
+          for (int k = 0; k < Cell::kStates; ++k) store(gh_row + k * h_stride, next[k], lanes);
+        } else {
+          keep_h(s, at, j, prev[0], next[0], lanes);
+        }
+        if constexpr (kResetsBefore<Cell>) store(z_.get() + at.b * H + j, saved[1], lanes);
+        if (p_.saved_gates) {
+          for (int k = 0; k < Plain::kSaved; ++k) {
+            store(p_.saved_gates + (at.row * Cell::kSaved + k) * H + j, saved[k], lanes);
+          }
+        }
+        constexpr int kC = Cell::kStates > 1;
+        if (Cell::kStates == kZonedStates && p_.controls.zone[kC]) {
+          next[kC] = zoned(zone_share(p_.controls, kC, at.place * H + j, lanes), prev[kC], next[kC]);
+        }
+        for (int k = 1; k < Cell::kStates; ++k) {
+          store(p_.c_n + ((k - 1) * p_.B + at.state) * H + j, next[k], lanes);
+          if (p_.saved_c) store(p_.saved_c + ((k - 1) * p_.N + at.row) * H + j, next[k], lanes);
+        }
+        if (Cell::kStates > 1 && p_.cells) store(p_.cells + at.place * H + j, next[kC], lanes);
       }
-      for (int k = 1; k < Cell::kStates; ++k) {
-        store(p_.c_n + ((k - 1) * p_.B + at.state) * p_.H + j, next[k], lanes);
-        if (p_.saved_c) store(p_.saved_c + ((k - 1) * p_.N + at.row) * p_.H + j, next[k], lanes);
-      }
-      if constexpr (Cell::kStates > 1) {
-        if (p_.cells) store(p_.cells + at.place * p_.H + j, next[1], lanes);
+      if constexpr (kHasOutput<Plain>) {
+        for (int r = 0; r < count; ++r) {
+          const T* const o = h_gates + r * Cell::kGates * h_stride + in_panel;
+          const V before = p_.controls.zone[0] ? load(rows[r].h + j, lanes) : V{};
+          keep_h(s, rows[r], j, before, lstm_output(load(o, lanes), load(o + h_stride, lanes)), lanes);
+        }
       }
     });
   }
@@ -399,17 +403,18 @@ class Forward {
     if (p_.h_in && at.b < p_.steps.count(s + 1)) store_h_in(s + 1, at.b, j, h, lanes);
   }
 
-  // Of a cell that normalises: position b's products of a panel, which split by rows only.
-  template <typename X>
-  void keep_products(Units units, int64_t b, const X* x_gates, int64_t x_stride, const T* h_gates) const {
-    const int64_t j0 = units.begin;
-    T* const of_x = products_.get() + b * 2 * Cell::kGates * p_.H;
-    for_each_vector<T>(j0, units.end, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
-      for (int g = 0; g < Cell::kGates; ++g) {
-        store(of_x + g * p_.H + j, load(x_gates + g * x_stride + j - j0, lanes), lanes);
-        store(of_x + (Cell::kGates + g) * p_.H + j, load(h_gates + g * Gates::kBlock + j - j0), lanes);
-      }
-    });
+  // Of a cell that normalises: a tile's products of a panel, which split by rows only.
+  template <typename XGatesOf>
+  void keep_products(Units units, const StepRow* rows, int count, const XGatesOf& x_gates_of, int64_t x_stride,
+                     const T* h_gates) const {
+    for (int i = 0; i < count * Cell::kGates; ++i) {
+      const int r = i / Cell::kGates, g = i % Cell::kGates;
+      T* const of_x = products_.get() + (rows[r].b * 2 * Cell::kGates + g) * p_.H;
+      for_each_vector<T>(units.begin, units.end, p_.H, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+        store(of_x + j, load(x_gates_of(r) + g * x_stride + j - units.begin, lanes), lanes);
+        store(of_x + Cell::kGates * p_.H + j, load(h_gates + i * Gates::kBlock + j - units.begin), lanes);
+      });
+    }
   }
 
   // The rest of a step whose products are complete.
@@ -431,12 +436,12 @@ class Forward {
       }
       gain += all;
     }
-    update({0, H}, s, at, x_gates, H, h_gates, H);
+    update({0, H}, s, &at, 1, [&](int) { return x_gates; }, H, h_gates, H);
     if constexpr (kNormalisesC<Cell>) {
       const T *o = h_gates, *c = o + H, *gain_c = gain;
       normalise(c, gain_c, gain_c + H, H, [&](int64_t j, V y, auto lanes) FASTRNN_INLINE {
         const V before = p_.controls.zone[0] ? load(at.h + j, lanes) : V{};
-        keep_h(s, at, j, before, norm_output(load(o + j, lanes), y), lanes);
+        keep_h(s, at, j, before, lstm_output(load(o + j, lanes), y), lanes);
       });
     }
   }

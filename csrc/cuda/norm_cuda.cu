@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether)
       const Statistics<acc_t> s = sum.statistics(H, share, [&](int64_t j) { return o[H + j]; });
       for (int64_t j = threadIdx.x; j < H; j += kThreads) {
         const acc_t y = to_acc<acc_t>(gain_c[j]) * s.normalised(o[H + j]) + to_acc<acc_t>(bias_c[j]);
-        keep_h(j, h_before(j), norm_output(o[j], y));
+        keep_h(j, h_before(j), lstm_output(o[j], y));
       }
     }
   }
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether)
         const acc_t kept = p.controls.zone[0] ? zone_share<acc_t>(p.controls, 0, state + j) : acc_t(0);
         const acc_t d = hidden_gradient(j);
         p.d_h[state + j] = p.controls.zone[0] ? kept * d : acc_t(0);
-        norm_output_gradient(to_acc<acc_t>(saved_row[3 * H + j]), y, (1 - kept) * d, d_o[j], d_c[j]);
+        lstm_output_gradient(to_acc<acc_t>(saved_row[3 * H + j]), y, (1 - kept) * d, d_o[j], d_c[j]);
       }
       acc_t* const d_gain_c = d_w + 4 * gates;
       normalise_backward(sum, H, share, made_c, gain_c, d_c, d_gain_c, d_gain_c + H,
