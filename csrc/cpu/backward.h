@@ -116,25 +116,27 @@ class Backward {
       const int64_t going_on = std::clamp(p_.steps.count(s + 1), part.row_begin, end);  // rows with a following step
       const int64_t started = std::clamp(p_.steps.count(s - 1), part.row_begin, end);   // rows with a step before
       if (p_.w_hr) {
-        for_each_panel<Panel>({0, p_.P}, [&](Units units) { project(units, s, part.row_begin, going_on, end); });
+        const auto project_panel = [&](Units units) { project(units, s, part.row_begin, going_on, end); };
+        for_each_panel<Panel>({0, p_.P}, project_panel, is_upwards(s, end - part.row_begin));
       }
       if constexpr (kNormalises<Cell>) {
         const int64_t width = part.whole->width;
         const auto tile = [&](int64_t b, int count, bool following) {
-          for_each_panel<Panel>({0, p_.H}, [&](Units units) {
+          const auto tile_of_panel = [&](Units units) {
             hidden_gradients(
                 units, s, b, following ? b + count : b, b + count, kNothing, [&](int64_t, int, const T* d_h) {
                   for (int r = 0; r < count; ++r) {
                     std::copy_n(d_h + r * Panel::kColumns, Panel::kBlock, part.whole->d_h + r * width + units.begin);
                   }
                 });
-          });
+          };
+          for_each_panel<Panel>({0, p_.H}, tile_of_panel, is_upwards(s, count));
           for (int r = 0; r < count; ++r) update_row(s, b + r, part.whole->d_h + r * width, *part.whole);
         };
         for_each_tile(part.row_begin, going_on, kRows, [&](int64_t b, int count) { tile(b, count, true); });
         for_each_tile(going_on, end, kRows, [&](int64_t b, int count) { tile(b, count, false); });
       } else {
-        for_each_panel<Panel>(part.units, [&](Units units) {
+        const auto step_in_panel = [&](Units units) {
           const auto before = [&](int64_t b, int count) {
             if (!kResetsBefore<Cell>) prefetch_rows(units, s, b, count);
           };
@@ -147,7 +149,8 @@ class Backward {
               }
             }
           });
-        });
+        };
+        for_each_panel<Panel>(part.units, step_in_panel, is_upwards(s, end - part.row_begin));
       }
       if (!barrier(p_.steps.T - s, part)) return;
       if (!p_.need_states) continue;
@@ -204,7 +207,7 @@ class Backward {
   void hidden_gradients(Units units, int64_t s, int64_t begin, int64_t going_on, int64_t end, Before before,
                         F f) const {
     if (p_.w_hr) {
-      hr_.times(units, p_.d_projected + p_.steps.row(s, 0) * p_.P, begin, end, before, f);
+      hr_.times(units, p_.d_projected + p_.steps.row(s, 0) * p_.P, begin, end, before, f, is_upwards(s, end - begin));
     } else {
       output_gradients(units, s, begin, going_on, end, before, f);
     }
@@ -227,8 +230,8 @@ class Backward {
       f(b, count, d_h);
     };
     if (begin < going_on) {
-      hh_.times(units, gate_gradients(s + 1), begin, going_on, before,
-                [&](int64_t b, int count, T* d_h) { add(b, count, true, d_h); });
+      const auto add_following = [&](int64_t b, int count, T* d_h) { add(b, count, true, d_h); };
+      hh_.times(units, gate_gradients(s + 1), begin, going_on, before, add_following, is_upwards(s, end - begin));
     }
     for_each_tile(going_on, end, kRows, [&](int64_t b, int count) {
       alignas(64) T d_h[kRows * Panel::kColumns];

@@ -164,7 +164,7 @@ class Forward {
         if (hh_shares_place_) w_.hh.pack(in_panel, place);
         step(at, in_panel, place);
       };
-      for_each_panel<Gates>(units, step_in_panel, is_upwards(s));
+      for_each_panel<Gates>(units, step_in_panel, is_upwards(s, count));
       if constexpr (kNormalises<Cell>) {
         for (int64_t i = 0; i < count; ++i) finish_row(s, rows[i]);
       }
@@ -291,9 +291,6 @@ class Forward {
             p_.controls.reset && p_.controls.reset[place]};
   }
 
-  // Every other step the other way: the panels that the step before ended with are still in the nearest cache.
-  static bool is_upwards(int64_t s) { return s % 2 == 0; }
-
   // The positions of a lane at one step.
   struct LaneStep {
     int64_t s;
@@ -306,7 +303,7 @@ class Forward {
   void step(const LaneStep& at, Units units, int64_t place) const {
     const Chunk& chunk = at.chunk;
     constexpr int kRows = kTileRows<Gates::kVectors>;
-    Ahead ahead = w_.hh.ahead(place + (is_upwards(at.s) ? 1 : -1));
+    Ahead ahead = w_.hh.ahead(place + (is_upwards(at.s, at.count) ? 1 : -1));
     for_each_tile(0, at.count, kRows, [&](int64_t first, int count) {
       alignas(64) T h_gates[kRows * Gates::kColumns];
       const StepRow* const rows = at.rows + first;

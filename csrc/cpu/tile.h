@@ -39,6 +39,13 @@ Units units_of(Team::Range mine, int64_t units, int64_t shares) {
   const auto first_of = [&](int64_t share) { return unit_share(units, kWidth<T>, share, shares); };
   return {first_of(mine.begin), first_of(mine.end)};
 }
+// Whether a step of so many rows takes its panels upwards. With few of them it waits for weights: every other step goes
+// the other way then, as the panels that the step before ended with are still in the nearest cache. More rows gain less
+// by that than they lose: what a processor fetches ahead lies upwards.
+constexpr bool is_upwards(int64_t s, int64_t rows) {
+  constexpr int64_t kFewRows = 8;
+  return rows > kFewRows || s % 2 == 0;
+}
 // Calls f(units) for the part of each panel that `some` units have in it.
 template <typename Shape, typename F>
 FASTRNN_HD void for_each_panel(Units some, F f, bool ascending = true) {

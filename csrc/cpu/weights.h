@@ -127,9 +127,10 @@ class Columns {
   }
 
   // For the rows [begin, end) of a matrix `from` [.., K], in tiles: calls before(first, count), and after the product
-  // f(first, count, out), out [count, kBlock] = the tile * the columns of these units.
+  // f(first, count, out), out [count, kBlock] = the tile * the columns of these units. ascending: as for_each_panel.
   template <typename Before, typename F>
-  void times(Units units, const Operand<S>* from, int64_t begin, int64_t end, Before before, F f) const {
+  void times(Units units, const Operand<S>* from, int64_t begin, int64_t end, Before before, F f,
+             bool ascending = true) const {
     constexpr int kRows = kTileRows<Panel::kVectors>, kTiles = 16;
     alignas(64) Sum<S> sums[kTiles * kRows * Panel::kColumns];
     for_each_tile(begin, end, kTiles * kRows, [&](int64_t b, int some) {
@@ -139,7 +140,7 @@ class Columns {
       const int64_t depth = (words_of<S>(K_) + parts - 1) / parts * Multiply<S>::kDepth;
       for (int64_t k = 0; k < K_; k += depth) {
         const bool is_last = k + depth >= K_;
-        Ahead ahead = part_after(units, std::min(K_, k + depth), depth);
+        Ahead ahead = is_last ? part_of(units, ascending ? 1 : -1, 0, depth) : part_of(units, 0, k + depth, depth);
         for_each_tile(b, last, kRows, [&](int64_t first, int count) {
           Sum<S>* const out = parts == 1 ? sums : sums + (first - b) * Panel::kColumns;
           if (is_last) before(first, count);
@@ -169,13 +170,14 @@ class Columns {
     }
   }
 
-  // Of packed panels the part from a row on, or the first one of the panel that follows.
-  Ahead part_after(Units units, int64_t k, int64_t depth) const {
-    const int64_t panel = units.begin / Panel::kBlock - first_packed_;
-    if (panel < 0) return {};
-    const int64_t all = (Panel::panels(columns_) - first_packed_) * words_of<S>(K_) * Panel::kColumns;
-    const int64_t begin = (panel * words_of<S>(K_) + words_of<S>(k)) * Panel::kColumns;
-    return {packed_.get() + begin, std::min(words_of<S>(depth) * Panel::kColumns, all - begin), all};
+  // If it is packed: the part from row k on of the panel of these units, or of one so many panels further.
+  Ahead part_of(Units units, int64_t further, int64_t k, int64_t depth) const {
+    const int64_t panel = units.begin / Panel::kBlock - first_packed_ + further;
+    const int64_t panels = Panel::panels(columns_) - first_packed_, words = words_of<S>(K_);
+    if (panel < 0 || panel >= panels) return {};
+    const int64_t part = std::min(words_of<S>(depth), words - words_of<S>(k));
+    return {packed_.get() + (panel * words + words_of<S>(k)) * Panel::kColumns, part * Panel::kColumns,
+            panels * words * Panel::kColumns};
   }
 
   WordOf<S>* packed(Units units) const {  // from their first on
