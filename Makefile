@@ -24,7 +24,10 @@ test: build $(VENV)/.with-test  ## run the fast tier of the tests
 test-all: build $(VENV)/.with-test $(VENV)/.with-adoption $(VENV)/.with-examples  ## run the extended tier as well
 	FASTRNN_EXTENDED=1 $(PYTEST)
 
-test-gpu: build $(VENV)/.with-test  ## run the tests that need a CUDA device; GROUPS=persistent: only those
+# With all kernels; and installs no more than that takes, so that a machine without a network can have it.
+test-gpu: export FASTRNN_CUDA ?= 1
+test-gpu: export FASTRNN_PERSISTENT ?= 1
+test-gpu: build $(VENV)/.with-test-gpu  ## run the tests that need a CUDA device; GROUPS=persistent: only those
 	$(BIN)/python tests/cuda/run.py $(GROUPS)
 
 bench: build $(VENV)/.with-bench  ## compare with torch.nn on this machine

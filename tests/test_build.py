@@ -14,6 +14,7 @@ import torch
 import fastrnn
 from fastrnn import _C
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(fastrnn.__file__).parent
 LIBRARY = PACKAGE / ("_ops.dylib" if sys.platform == "darwin" else "_ops.so")
 Completed = subprocess.CompletedProcess[str]
@@ -210,3 +211,27 @@ def test_another_library_can_be_named(tmp_path: Path) -> None:
     shutil.copy(LIBRARY, named)
     result = run_python("-m", "fastrnn", FASTRNN_LIBRARY=str(named))
     assert str(named) in result.stdout, result.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_runs_the_device_suite_with_all_kernels(tmp_path: Path) -> None:
+    """And asks for no package that a machine with torch and a CUDA toolkit, but without a network, may lack."""
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$FASTRNN_CUDA $FASTRNN_PERSISTENT $*"\n')
+    python.chmod(0o755)
+    command = ["make", "--no-print-directory", "-s", "-C", ROOT, "test-gpu", f"VENV={tmp_path}"]
+    unset = ("FASTRNN_CUDA", "FASTRNN_PERSISTENT", "MAKEFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    *_, build, install, suite = done.stdout.splitlines()
+    assert build == "1 1 setup.py -q build_ext --inplace"
+    assert install.startswith("1 1 -m pip install") and install.endswith(".[test-gpu]")
+    assert suite.strip() == "1 1 tests/cuda/run.py"
+
+
+def test_the_device_suite_starts_in_a_tree_that_is_not_installed(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, ROOT / "tests/cuda/run.py", "nonsense"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "no group nonsense" in done.stderr

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "build/test-gpu"
-sys.path.append(str(ROOT / "tests/cuda"))
+sys.path += [str(ROOT), str(ROOT / "tests/cuda")]
 
 import machine_code  # noqa: E402
 import torch  # noqa: E402
