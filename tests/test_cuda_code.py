@@ -270,6 +270,10 @@ def test_persistent_kernels(arch, storage, tmp_path):
         assert through_memory == [exchange == "Global"] * 2, (name, sorted(used))
         if arch >= "90a" or len(arch) == 3:
             assert uses(used, "UCGABAR_ARV") == (exchange == "Shared"), (name, sorted(used))
+        if uses(used, "UCGABAR_ARV"):  # which waits for a thread's stores to global memory
+            begin, end = (steps[name].index(half) for half in ("UCGABAR_ARV", "UCGABAR_WAIT"))
+            before, between = set(steps[name][:begin]), set(steps[name][begin:end])
+            assert not uses(before, "STG") and uses(between, "STG") and uses(between, "LDG"), name
         for facts in DEVICES.values():
             if facts.arch == arch:
                 blocks = machine_code.blocks_per_multiprocessor(

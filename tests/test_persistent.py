@@ -373,8 +373,8 @@ WRONG, RACE, BEYOND = "AssertionError", "ThreadSanitizer: data race", "AddressSa
 STUCK, SHARED = "no progress: every running thread polls memory", "bytes of dynamic shared memory, the launch gave"
 FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
     EXCHANGE: {
-        "no barrier of the cluster": ("cluster_barrier();", "__syncthreads();", WRONG, "grade2"),
-        "the same, as a race": ("cluster_barrier();", "__syncthreads();", RACE, "grade2"),
+        "no barrier of the cluster": ("return tiling.blocks > 1;", "return false;", WRONG, "grade2"),
+        "the same, as a race": ("return tiling.blocks > 1;", "return false;", RACE, "grade2"),
         "one buffer in shared memory": ("(round % 2 * tiling.b", "(round % 1 * tiling.b", RACE, "grade2"),
         "one buffer in global memory": ("place.team * 2 + round % 2", "place.team * 2 + round % 1", WRONG, "grade3"),
         "steps that look alike": ("1 + round / 2 % 2", "1 + round / 2 % 1", WRONG, "grade3"),
@@ -389,7 +389,7 @@ FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
             RACE,
             "H128 or H24-",
         ),
-        "a window over the last one": ("if (window > 0) wait();", "", RACE, "grade3 and streamed"),
+        "a window over the last one": ("if (window > 0) meet();", "", RACE, "grade3 and streamed"),
         "lanes that do not wait": ("  __syncwarp();", "  ;", RACE, "grade3"),
         "a row that nobody publishes": ("/ 4 < rows; }", "/ 4 <= rows; }", STUCK, "grade3"),
     },
@@ -421,7 +421,7 @@ FAULTS = {  # by file: what is replaced, by what, what finds it, in which tests
     "cuda/persistent_backward.cuh": {
         "rows of W": ("+ slot) * p.H + unit]", "+ slot) + unit * p.H]", WRONG, "grade1"),
         "no product for h0": ("{ return own.T + 1; }", "{ return own.T; }", WRONG, "grade1"),
-        "a step of a row without one": ("s >= 0 && mine.row < rows.count) step", "s >= 0) step", BEYOND, "packed"),
+        "a step of a row without one": ("s >= 0 && mine.row < rows.count) step", "s >= 0) step", WRONG, "packed"),
     },
     "cuda_plan.h": {
         "too little shared memory": (" + int64_t{biases()} * 4;", ";", SHARED, "grade1"),

@@ -7,8 +7,9 @@
 //   fetch    the states of the step's start, from the blocks that own them, into shared memory
 //   product  with the block's rows of the weight, which the warps hold in registers, what is too much in shared memory
 //            and what is too much for that in L2; sums of the warps that share rows meet in shared memory
-//   finish   the cell for each hidden unit of the block: sums, outputs, new states
+//   finish   the cell for each hidden unit of the block: sums, new states
 //   publish  the new states to the blocks of the team
+//   write    the outputs, while the exchange is under way; with them what finish needs of the next step is asked for
 //
 // What is multiplied is a pass (forward: the states, rows of W_hh; backward: gate gradients, columns of W_hh). Packets
 // of 16 bytes are the unit of everything that is multiplied. In the product of a group of 4 packets, lane (g, t) of a
@@ -85,7 +86,9 @@ __device__ __forceinline__ float total(const Tiling& tiling, const float* sums, 
 //   weight(row, packet)    what multiplies a packet, for a row of the block's share
 //   initial(tile, at)      a packet of the first round
 //   prefetch(round, tile)  loads what finish will need, while the exchange is under way
-//   finish(round, tile, sums, exchange), end()
+//   finish(round, tile, sums, exchange)
+//   write(round, tile)     to global memory, what finish has left, while the exchange is under way
+//   end()
 template <class Params, unsigned kSlots>
 struct PassBase {
   const Params& p;
@@ -202,9 +205,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
   for (int i = 0; i < Tiling::kStages && my_streamed > 0; ++i) ask(tiling.groups_in_shared + i, on_chip + i);
 
   const int column_tiles = tiling.columns() / 8;
+  if (pass.rounds() > 0) pass.prefetch(0, 0);
   for (int64_t round = 0; round < pass.rounds(); ++round) {
     for (int tile = 0; tile < tiling.batch_tiles(); ++tile) {
-      pass.prefetch(round, tile);
       typename Products::Sum sum[kTiles][kColumnTiles] = {};
       const Packet* operand;  // of the groups of a window
       const auto multiply = [&](int group, const Packet(&a)[kTiles][2]) {
@@ -273,8 +276,15 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
       }
       __syncthreads();
       pass.finish(round, tile, round_sums, exchange);
+
+      // A thread arrives at the barrier of a cluster when its earlier stores are done, those to global memory too: they
+      // come after.
+      const bool ends_round = tile + 1 == tiling.batch_tiles(), goes_on = !ends_round || round + 1 < pass.rounds();
+      if (ends_round && goes_on) exchange.arrive();
+      pass.write(round, tile);
+      if (goes_on) pass.prefetch(ends_round ? round + 1 : round, ends_round ? 0 : tile + 1);
+      if (ends_round && goes_on) exchange.wait();
     }
-    if (round + 1 < pass.rounds()) exchange.end_round();
   }
   cp_async_wait<0>();
   pass.end();

@@ -30,6 +30,7 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>, 
     float c_prev, c_next;
   };
   Loaded loaded[kItems];
+  Values<scalar_t, C::kGates> d_x_gates[kItems], d_h_gates[kItems];
 
   __device__ __forceinline__ int64_t rounds() const { return own.T + 1; }
 
@@ -91,23 +92,41 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>, 
       const int i = n * kThreads + threadIdx.x;
       if (i >= tiling.items()) break;  // whole warps: a tile's items are a multiple of 32
       const Item mine = item(tile, n);
-      scalar_t d_gh[C::kGates];
 #pragma unroll
-      for (int k = 0; k < C::kGates; ++k) d_gh[k] = from_acc<scalar_t>(0.0f);
+      for (int k = 0; k < C::kGates; ++k) d_h_gates[n][k] = from_acc<scalar_t>(0.0f);
       if (mine.exists) {
         state(0, tile, i) += total(tiling, sums, this->local_unit(mine), mine.column);
-        if (s >= 0 && mine.row < rows.count) step(rows.begin + mine.row, tile, i, mine, loaded[n], d_gh);
+        if (s >= 0 && mine.row < rows.count) step(tile, n, i);
       }
       if (s < 0) continue;
 #pragma unroll
       for (int k = 0; k < C::kGates; ++k) {
-        const uint32_t bits =
-            mine.slot < tiling.units_per_packet ? Products::bits(d_gh[k]) : exchange.step_bits(mine.slot, round + 1);
+        const uint32_t bits = mine.slot < tiling.units_per_packet ? Products::bits(d_h_gates[n][k])
+                                                                  : exchange.step_bits(mine.slot, round + 1);
         const Packet values = gather<Products>(bits);
         if (mine.row < p.steps.B) {
           const int packet = (place.rank * tiling.packets_per_block + mine.packet) * C::kGates + k;
           exchange.publish(round + 1, tile, packet, mine.column, values, mine.slot);
         }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write(int64_t round, int tile) const {
+    const int64_t s = own.T - 1 - round;
+    if (s < 0) return;
+    const StepRows rows(p.steps, own, s);
+#pragma unroll
+    for (int n = 0; n < kItems; ++n) {
+      const int i = n * kThreads + threadIdx.x;
+      if (i >= tiling.items()) break;
+      const Item mine = item(tile, n);
+      if (!mine.exists || mine.row >= rows.count) continue;
+      const int64_t first = (rows.begin + mine.row) * C::kGates * p.H + mine.unit;
+#pragma unroll
+      for (int k = 0; k < C::kGates; ++k) {
+        own.d_x_gates[first + k * p.H] = C::kGateGradsDiffer ? d_x_gates[n][k] : d_h_gates[n][k];
+        if constexpr (C::kGateGradsDiffer) own.d_h_gates[first + k * p.H] = d_h_gates[n][k];
       }
     }
   }
@@ -121,9 +140,9 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>, 
   }
 
  private:
-  // The cell, for one row of the batch and one unit. `row` is a row of the sequence.
-  __device__ __forceinline__ void step(int64_t row, int tile, int i, const Item& item, const Loaded& from,
-                                       scalar_t (&stored)[C::kGates]) {
+  // The cell, for one row of the batch and one unit.
+  __device__ __forceinline__ void step(int tile, int n, int i) {
+    const Loaded& from = loaded[n];
     Values<float, C::kSaved> saved;
     Values<float, C::kStates> prev, next, d_next, d_prev;
     Values<float, C::kGates> d_gx, d_gh;
@@ -144,10 +163,8 @@ struct BackwardPass : PassBase<PersistentBackward<typename Products::scalar_t>, 
     for (int k = 0; k < C::kStates; ++k) state(k, tile, i) = d_prev[k];
 #pragma unroll
     for (int k = 0; k < C::kGates; ++k) {
-      const int64_t at = (row * C::kGates + k) * p.H + item.unit;
-      stored[k] = from_acc<scalar_t>(d_gh[k]);
-      own.d_x_gates[at] = from_acc<scalar_t>(d_gx[k]);
-      if constexpr (C::kGateGradsDiffer) own.d_h_gates[at] = stored[k];
+      d_x_gates[n][k] = from_acc<scalar_t>(d_gx[k]);
+      d_h_gates[n][k] = from_acc<scalar_t>(d_gh[k]);
     }
   }
 };

@@ -53,7 +53,11 @@ struct SharedExchange {
     for (int tile = 0; tile < tiling.batch_tiles(); ++tile) {
       for (int i = threadIdx.x; i < tiling.operand_packets(); i += kThreads) buffer(0, tile)[i] = pass.initial(tile, i);
     }
-    barrier();
+    if (meets_others()) {
+      cluster_barrier();
+    } else {
+      __syncthreads();
+    }
   }
   // The operand of the warp's slice, from its group `window` on.
   template <class Pass>
@@ -71,16 +75,20 @@ struct SharedExchange {
       for (int rank = slot; rank < tiling.blocks; rank += tiling.slots) *map_shared_rank(to, rank) = values;
     }
   }
-  __device__ __forceinline__ void end_round() const { barrier(); }
-
- private:
-  __device__ __forceinline__ void barrier() const {
-    if (tiling.blocks == 1) {
-      __syncthreads();
+  // A round ends: this thread has published its part of the next one, and then all have.
+  __device__ __forceinline__ void arrive() const {
+    if (meets_others()) cluster_arrive();
+  }
+  __device__ __forceinline__ void wait() const {
+    if (meets_others()) {
+      cluster_wait();
     } else {
-      cluster_barrier();
+      __syncthreads();
     }
   }
+
+ private:
+  __device__ __forceinline__ bool meets_others() const { return tiling.blocks > 1; }
 };
 
 // Grade 3: through global memory. Two buffers suffice: a block publishes round r + 1 after it has all of round r, and
@@ -114,7 +122,7 @@ struct GlobalExchange {
     const int count = min(tiling.window * per_group, place.last_group * per_group - begin);
     const int first = place.warp_m * 32 + threadIdx.x % 32;
     Packet* const staged = staging + place.warp_k * tiling.window * per_group;
-    if (window > 0) wait();  // for the products with the last window
+    if (window > 0) meet();  // for the products with the last window
     if (round == 0) {
       for (int i = first; i < count; i += threads) staged[i] = pass.initial(tile, begin + i);
     } else {
@@ -155,7 +163,7 @@ struct GlobalExchange {
         }
       }
     }
-    wait();
+    meet();
     return staged;
   }
   // What a slot without a unit holds: in the last slot the round. Never zero, the buffers' first content; of two rounds
@@ -167,11 +175,11 @@ struct GlobalExchange {
                                           int slot) const {
     if (slot == 0) st_relaxed_gpu(buffer(round, tile) + packet_place(tiling, packet, column), values);
   }
-  __device__ __forceinline__ void end_round() const {}
+  __device__ __forceinline__ void arrive() const {}
+  __device__ __forceinline__ void wait() const {}
 
  private:
-  // Of the warps that share a slice.
-  __device__ __forceinline__ void wait() const {
+  __device__ __forceinline__ void meet() const {  // the warps that share a slice
     if (tiling.warps_m == 1) {
       __syncwarp();
     } else {

@@ -22,7 +22,9 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>, Pr
   static constexpr int kVectors = 1;
 
   float* biases;  // [G, packets_per_block * slots]
+  // Of the step under way, for the values that this thread owns.
   scalar_t x_gates[kItems][C::kGates];
+  Values<scalar_t, C::kSaved> saved_gates[kItems];
 
   __device__ __forceinline__ int64_t rounds() const { return own.T; }
 
@@ -73,7 +75,7 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>, Pr
       const int i = n * kThreads + threadIdx.x;
       if (i >= tiling.items()) break;  // whole warps: a tile's items are a multiple of 32
       const Item mine = item(tile, n);
-      if (mine.exists && mine.row < rows.count) step(rows.begin + mine.row, tile, n, i, mine, sums);
+      if (mine.exists && mine.row < rows.count) step(tile, n, i, mine, sums);
       if (last) continue;
       uint32_t bits = exchange.step_bits(mine.slot, round + 1);
       if (mine.exists) bits = Products::bits(from_acc<scalar_t>(state(0, tile, i)));
@@ -82,6 +84,26 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>, Pr
         exchange.publish(round + 1, tile, place.rank * tiling.packets_per_block + mine.packet, mine.column, values,
                          mine.slot);
       }
+    }
+  }
+
+  __device__ __forceinline__ void write(int64_t round, int tile) const {
+    const StepRows rows(p.steps, own, round);
+#pragma unroll
+    for (int n = 0; n < kItems; ++n) {
+      const int i = n * kThreads + threadIdx.x;
+      if (i >= tiling.items()) break;
+      const Item mine = item(tile, n);
+      if (!mine.exists || mine.row >= rows.count) continue;
+      const int64_t row = rows.begin + mine.row, at = row * p.H + mine.unit;
+      own.output[at] = from_acc<scalar_t>(state(0, tile, i));
+      if (own.saved_gates) {
+#pragma unroll
+        for (int k = 0; k < C::kSaved; ++k) {
+          own.saved_gates[(row * C::kSaved + k) * p.H + mine.unit] = saved_gates[n][k];
+        }
+      }
+      if (C::kStates == 2 && own.saved_c) own.saved_c[at] = state(1, tile, i);
     }
   }
 
@@ -101,8 +123,8 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>, Pr
         tiling, [&](int slot) { return first + slot < p.H ? row[first + slot] : from_acc<scalar_t>(0.0f); });
   }
 
-  // The cell, for one row of the batch and one unit. `row` is a row of the sequence.
-  __device__ __forceinline__ void step(int64_t row, int tile, int n, int i, const Item& item, const float* sums) {
+  // The cell, for one row of the batch and one unit.
+  __device__ __forceinline__ void step(int tile, int n, int i, const Item& item, const float* sums) {
     const int unit = this->local_unit(item);
     Values<float, C::kGates> gx, gh;
     Values<float, C::kStates> prev, next;
@@ -117,16 +139,8 @@ struct ForwardPass : PassBase<PersistentForward<typename Products::scalar_t>, Pr
     C::forward(gx, gh, {}, prev, next, saved);
 #pragma unroll
     for (int k = 0; k < C::kStates; ++k) state(k, tile, i) = next[k];
-    own.output[row * p.H + item.unit] = from_acc<scalar_t>(next[0]);
-    if (own.saved_gates) {
 #pragma unroll
-      for (int k = 0; k < C::kSaved; ++k) {
-        own.saved_gates[(row * C::kSaved + k) * p.H + item.unit] = from_acc<scalar_t>(saved[k]);
-      }
-    }
-    if constexpr (C::kStates == 2) {
-      if (own.saved_c) own.saved_c[row * p.H + item.unit] = next[1];
-    }
+    for (int k = 0; k < C::kSaved; ++k) saved_gates[n][k] = from_acc<scalar_t>(saved[k]);
   }
 };
 
