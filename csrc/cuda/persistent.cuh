@@ -254,6 +254,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
       }
 
       // The sums alternate between two places: one barrier lets them be read, and none is needed before the next.
+      // Every other pair of rows stores its odd columns first: two lanes meet in a bank then, not four.
+      const int odd = lane / 8 & 1;
       float* const round_sums = sums + (round * tiling.batch_tiles() + tile) % 2 * tiling.sums();
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
@@ -266,10 +268,11 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
                   round_sums +
                   ((place.warp_k * tiling.weight_tiles + place.warp_m * kTiles + m) * 16 + lane / 4) * kSumStride +
                   columns * 8 + lane % 4 * 2;
-              to[0] = sum[m][columns].c[0];
-              to[1] = sum[m][columns].c[1];
-              to[8 * kSumStride] = sum[m][columns].c[2];
-              to[8 * kSumStride + 1] = sum[m][columns].c[3];
+              const auto& c = sum[m][columns].c;
+              to[odd] = odd ? c[1] : c[0];
+              to[1 - odd] = odd ? c[0] : c[1];
+              to[8 * kSumStride + odd] = odd ? c[3] : c[2];
+              to[8 * kSumStride + 1 - odd] = odd ? c[2] : c[3];
             }
           }
         }
