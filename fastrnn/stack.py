@@ -246,13 +246,15 @@ class LayerStack(PacksWeights, nn.RNNBase):
             raise ValueError(f"expected a batch of sequences, 3-D, where {name} is given, got {form}")
         T, B = input.shape[1::-1] if self.batch_first else input.shape[:2]
         if lengths is not None:
-            if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+            is_integer = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+            if lengths.shape != (B,) or not is_integer:
                 raise ValueError(
                     f"expected lengths to hold {B} integers, one per sequence, got shape {tuple(lengths.shape)}, "
                     f"{lengths.dtype}"
                 )
             if lengths.device != input.device:
                 raise ValueError(f"expected lengths on {input.device}, like input, got {lengths.device}")
+            lengths = lengths.long()  # T would wrap around in a shorter type
             # Of all members of torch.vmap.
             values = lengths if torch.compiler.is_compiling() else torch.func.debug_unwrap(lengths)
             inside = ((values >= 0) & (values <= T)).all()
@@ -261,7 +263,7 @@ class LayerStack(PacksWeights, nn.RNNBase):
                     raise ValueError(f"expected lengths from 0 to {T}, got {values.tolist()}")
             else:
                 torch._assert_async(inside, "expected lengths from 0 to the number of steps of input")
-            controls["lengths"] = lengths.long()
+            controls["lengths"] = lengths
         if reset is not None:
             if reset.shape != input.shape[:2] or reset.dtype != torch.bool:
                 raise ValueError(

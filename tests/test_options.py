@@ -94,6 +94,13 @@ def test_lengths_are_torch_nn(name):
     assert_same([ours(input, lengths=lengths)[0]], [pad_packed_sequence(packed, total_length=T)[0]])
 
 
+@pytest.mark.parametrize("dtype", (torch.int8, torch.uint8, torch.uint16, torch.int32), ids=str)
+def test_lengths_shorter_than_a_long_sequence(dtype):
+    """300 steps, which the shortest types of integers do not hold."""
+    module, input, lengths = build("gru"), draw(300, 2, I), torch.tensor([100, 3])
+    assert_same(module(input, lengths=lengths.to(dtype)), module(input, lengths=lengths), 0)
+
+
 @pytest.mark.parametrize("name", ("gru", "lstm", "slstm"))
 def test_initial_states_with_lengths(name):
     module = build(name)
@@ -428,6 +435,7 @@ def test_wrong_options(name, options, message):
     [
         ({"lengths": torch.tensor([1, 2])}, "lengths to hold 5 integers"),
         ({"lengths": torch.ones(B)}, "lengths to hold 5 integers"),
+        ({"lengths": torch.ones(B, dtype=torch.complex64)}, "lengths to hold 5 integers"),
         ({"lengths": torch.tensor([1, 2, 3, 4, 10])}, "lengths from 0 to 9"),
         ({"lengths": torch.tensor([1, 2, 3, 4, -1])}, "lengths from 0 to 9"),
         ({"reset": torch.zeros(B, T, dtype=torch.bool)}, r"reset to be a bool of shape \(9, 5\)"),
