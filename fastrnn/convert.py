@@ -187,6 +187,8 @@ def _swap(module: nn.Module, to: type[nn.Module]) -> None:
         # torch.nn's keep a list of the weights, fastrnn's derive it.
         module.__dict__.pop("_flat_weights", None)
         module._init_flat_weights()
+        if to is modules.RNN:  # torch.nn's go by the mode: as early versions pickled them they have nothing else
+            module.nonlinearity = module.mode.removeprefix("RNN_").lower()
 
 
 def reason_against(module: nn.Module) -> str | None:

@@ -264,6 +264,15 @@ def test_revert_sees_weights_replaced_meanwhile(input):
     torch.testing.assert_close(lstm(input)[0], expected)
 
 
+def test_an_rnn_without_the_name_of_its_nonlinearity(input):
+    """Early versions of torch kept the mode alone, and pickled it."""
+    rnn = nn.RNN(5, 6, nonlinearity="relu")
+    del rnn.nonlinearity
+    expected = rnn(input)[0]
+    fastrnn.convert(rnn)
+    torch.testing.assert_close(rnn(input)[0], expected)
+
+
 def test_revert_leaves_what_was_built_as_fastrnn():
     model = nn.Sequential(fastrnn.LSTM(5, 6), nn.LSTM(5, 6))
     fastrnn.convert(model)
