@@ -11,7 +11,7 @@ Letters in shapes: T time, B batch, I input, H hidden.
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -105,9 +105,7 @@ def gradient_flow(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Te
         ValueError: If `loss_fn` returns more than one element, no recurrent module that can be looked into ran, or
             one got no sequence.
     """
-    if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence) or len(batch) < 2:
-        raise TypeError(f"gradient_flow: expected batch to be (*inputs, target), got {_form(batch)}")
-    *inputs, target = batch
+    *inputs, target = _inputs_and_target(batch, "gradient_flow")
     with torch.enable_grad(), _step_by_step(model, "gradient_flow") as steps:
         loss = loss_fn(model(*inputs), target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -157,13 +155,14 @@ def saturation(model: nn.Module, batch: Any, *, margin: float = 0.1) -> Saturati
         margin: How near to a bound counts, in (0, 0.5).
 
     Raises:
-        TypeError: If `model` is not a module.
+        TypeError: If `model` is not a module, or `batch` is none of these.
         ValueError: If `margin` is out of its range, no recurrent module that can be looked into ran, or
             one got no sequence.
     """
     if not 0 < margin < 0.5:
         raise ValueError(f"saturation: expected margin to be in (0, 0.5), got {margin}")
-    inputs = [batch] if isinstance(batch, (Tensor, PackedSequence)) else list(batch)[:-1]
+    is_input = isinstance(batch, (Tensor, PackedSequence))
+    inputs = [batch] if is_input else _inputs_and_target(batch, "saturation")[:-1]
     shares: dict[str, dict[str, tuple[float, float]]] = {}
     with torch.no_grad(), _step_by_step(model, "saturation") as steps:
         model(*inputs)
@@ -358,6 +357,12 @@ class _Recorder:
         # From h itself, so that all of the gradient passes through it.
         output = h[rows] if lengths is None else torch.where(rows.unsqueeze(1), h, 0)
         return output if batch_sizes is not None else output.unsqueeze(0), h, *rest
+
+
+def _inputs_and_target(batch: Any, caller: str) -> Sequence[Any]:
+    if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence) or len(batch) < 2:
+        raise TypeError(f"{caller}: expected batch to be (*inputs, target), got {_form(batch)}")
+    return batch
 
 
 def _norm(gradient: Tensor) -> float:

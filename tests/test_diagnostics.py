@@ -444,6 +444,7 @@ def test_drawing(tmp_path):
     [
         ({"batch": torch.zeros(T, B, I)}, TypeError, "expected batch to be .*, got a tensor of shape"),
         ({"batch": (torch.zeros(T, B, I),)}, TypeError, "expected batch to be .*, got a tuple of 1"),
+        ({"batch": {"input": 0, "target": 0}}, TypeError, "expected batch to be .*, got a dict"),
         (
             {"loss_fn": lambda result, _: result[0]},
             ValueError,
@@ -464,11 +465,12 @@ def test_bad_arguments_are_named(arguments, error, message):
         "batch": (torch.zeros(T, B, I), 0),
         "loss_fn": lambda result, _: result[0].sum(),
     }
+    given = good | arguments
     with pytest.raises(error, match=message):
-        gradient_flow(**good | arguments)
-    if "model" in arguments:
+        gradient_flow(**given)
+    if arguments.keys() != {"loss_fn"} and not isinstance(given["batch"], torch.Tensor):  # which will do
         with pytest.raises(error, match=message):
-            saturation(arguments["model"], good["batch"])
+            saturation(given["model"], given["batch"])
 
 
 @pytest.mark.parametrize("margin", [0, 0.5, -1])
