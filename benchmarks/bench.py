@@ -324,7 +324,7 @@ def sweep(arguments: argparse.Namespace, console: Console) -> bool:
                 failures.append(f"{case}: {error}")
                 console.print(failures[-1], style="bold red")
             else:
-                append_csv(csv, measured)
+                append_csv(csv, [row.to_csv() for row in measured])
                 rows += measured
             progress.advance(task)
     if any(row.theirs for row in rows):

@@ -10,7 +10,6 @@ unless `torch._dynamo.config.allow_rnn` is set, which unrolls them.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 try:
     import torch
     from machine import Conditions
+    from report import append_csv
     from rich.console import Console
     from rich.table import Table
     from torch import nn
@@ -105,12 +105,7 @@ def main() -> None:
                 )
     Console().print(table)
     if options.csv:
-        is_new = not options.csv.exists()
-        with open(options.csv, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append_csv(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ one product for the inputs of all steps. Both sides return the same numbers, whi
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ try:
     from cases import Call
     from machine import Conditions
     from measure import HostClock, interleave, peak_mib
+    from report import append_csv
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -225,7 +225,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: all)")
     parser.add_argument("--budget", type=float, default=0.5, metavar="S", help="seconds per side (default: 0.5)")
     parser.add_argument("--only", default="", metavar="WORD", help="options whose name contains it")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/local/options.csv")
+    results = Path(__file__).parent / "results/local/options.csv"
+    parser.add_argument("--csv", type=Path, default=results, metavar="FILE", help="rows are added to it")
     arguments = parser.parse_args()
     T, B, H = arguments.shape
     torch.set_num_threads(arguments.threads)
@@ -262,11 +263,7 @@ def main() -> int:
         )  # fmt: skip
     console.print(table)
     if rows:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(arguments.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        append_csv(arguments.csv, rows)
         console.print(f"Rows: {arguments.csv}")
     return int(failed)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,16 +151,15 @@ def read_csv(path: Path) -> list[Row]:
             raise FormatError(f"{path} does not hold rows of this program ({error!r}); name another file") from error
 
 
-def append_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a file, which is made when it does not exist."""
-    columns = [row.to_csv() for row in rows]
+def append_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds rows, at least one, to a file, which is made when it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(columns[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows(columns)
+        writer.writerows(rows)
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], K]) -> dict[K, list[Row]]:
