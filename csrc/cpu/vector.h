@@ -34,7 +34,42 @@ template <typename T>
 FASTRNN_HD void store(T* to, Vec<T> v) {
   std::memcpy(to, &v, sizeof v);
 }
-// The first `lanes` lanes only: at the end of a row of units. The others read as 0.
+// The first `lanes` lanes only: at the end of a row of units. The others read as 0. By masks where there are some: to
+// copy a number of bytes that is not known here is a call, and a vector that waits for it.
+#if FASTRNN_VECTOR_BYTES == 64
+FASTRNN_HD uint16_t mask_of(int lanes) { return static_cast<uint16_t>((1u << lanes) - 1); }
+template <typename T>
+FASTRNN_HD Vec<T> load(const T* from, int lanes) {
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_loadu_epi32(mask_of(lanes), from);
+  } else {
+    return (Vec<T>)_mm512_maskz_loadu_epi64(static_cast<uint8_t>(mask_of(lanes)), from);
+  }
+}
+template <typename T>
+FASTRNN_HD void store(T* to, Vec<T> v, int lanes) {
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(to, mask_of(lanes), (__m512i)v);
+  } else {
+    _mm512_mask_storeu_epi64(to, static_cast<uint8_t>(mask_of(lanes)), (__m512i)v);
+  }
+}
+#elif FASTRNN_VECTOR_BYTES == 32
+FASTRNN_HD __m256i mask_of(int lanes, float) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FASTRNN_HD __m256i mask_of(int lanes, double) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(lanes), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+FASTRNN_HD Vec<float> load(const float* from, int lanes) {
+  return (Vec<float>)_mm256_maskload_ps(from, mask_of(lanes, 0.f));
+}
+FASTRNN_HD Vec<double> load(const double* from, int lanes) {
+  return (Vec<double>)_mm256_maskload_pd(from, mask_of(lanes, 0.));
+}
+FASTRNN_HD void store(float* to, Vec<float> v, int lanes) { _mm256_maskstore_ps(to, mask_of(lanes, 0.f), (__m256)v); }
+FASTRNN_HD void store(double* to, Vec<double> v, int lanes) { _mm256_maskstore_pd(to, mask_of(lanes, 0.), (__m256d)v); }
+#else
 template <typename T>
 Vec<T> load(const T* from, int lanes) {
   Vec<T> v{};
@@ -45,6 +80,7 @@ template <typename T>
 void store(T* to, Vec<T> v, int lanes) {
   std::memcpy(to, &v, sizeof(T) * lanes);
 }
+#endif
 // All lanes, known when compiling.
 struct AllLanes {};
 template <typename T>
@@ -134,6 +170,10 @@ FASTRNN_HD V load_bits(const S* from, Lanes lanes) {
   V bits{};
   if constexpr (std::is_same_v<Lanes, AllLanes>) {
     std::memcpy(&bits, from, sizeof bits);
+#if FASTRNN_VECTOR_BYTES == 64
+  } else if constexpr (sizeof(V) == sizeof(Bits16)) {
+    bits = (V)_mm256_maskz_loadu_epi16(mask_of(lanes), from);
+#endif
   } else {
     std::memcpy(&bits, from, sizeof(S) * lanes);
   }
@@ -149,7 +189,11 @@ FASTRNN_HD void store(S* to, typename Format<S>::V v, Lanes lanes) {
   if constexpr (std::is_same_v<Lanes, AllLanes>) {
     std::memcpy(to, &bits, sizeof bits);
   } else {
+#if FASTRNN_VECTOR_BYTES == 64
+    _mm256_mask_storeu_epi16(to, mask_of(lanes), (__m256i)bits);
+#else
     std::memcpy(to, &bits, sizeof(S) * lanes);
+#endif
   }
 }
 #endif
