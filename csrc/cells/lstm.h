@@ -184,14 +184,14 @@ struct PeepholeLstmCell {
   }
 };
 
-// A cell up to o and c', if it ends with lstm_output; any other as it is.
-template <class Cell, typename = void>
+// A cell up to o and c', if the CPU is to make its output apart; any other as it is.
+template <class Cell>
 struct GatesOf {
   using type = Cell;
 };
-template <class Cell>
-struct GatesOf<Cell, std::void_t<typename Cell::Gates>> {
-  using type = typename Cell::Gates;
+template <typename T>
+struct GatesOf<LstmCell<T>> {
+  using type = LstmGates<T>;
 };
 template <class Cell>
 inline constexpr bool kHasOutput = !std::is_same_v<typename GatesOf<Cell>::type, Cell>;
