@@ -134,7 +134,8 @@ class Team {
   };
 
   // work: multiply-adds of a share between two barriers.
-  Team(int64_t shares, int64_t work) : shares_(shares), patience_(kSlice / 8 + Time(work / kLeastPerNanosecond)) {}
+  Team(int64_t shares, int64_t work)
+      : shares_(shares), patience_(kSlice / 8 + Time(work / kLeastPerNanosecond)), arrivals_(shares) {}
 
   // A thread of the team.
   class Member {
@@ -168,16 +169,19 @@ class Team {
     void barrier(int64_t n) {
       if (weight() == team_.shares_) return;
       if (watches_) least_work_ = std::min(least_work_, Clock::now() - left_);
-      if (team_.passed_.fetch_add(weight(), std::memory_order_acq_rel) + weight() == n * team_.shares_) {
-        const bool somebody = team_.successor_.load(std::memory_order_relaxed) != kNobody;
-        team_.released_.store(2 * n + somebody, std::memory_order_release);
+      for (int64_t i = mine_.begin; i < mine_.end; ++i) {
+        team_.arrivals_[i].call.store(2 * n + wants_all_, std::memory_order_release);
       }
       Spin spin;
-      while (team_.released_.load(std::memory_order_acquire) < 2 * n) spin.wait();
+      int64_t successor = kNobody;
+      for (int64_t i = team_.shares_ - 1; i >= 0; --i) {
+        int64_t call;
+        while ((call = team_.arrivals_[i].call.load(std::memory_order_acquire)) < 2 * n) spin.wait();
+        if (call == 2 * n + 1) successor = i;
+      }
       if (watches_ || spin.gave_away()) watch(spin);
-      if (team_.released_.load(std::memory_order_relaxed) == 2 * n) return;
-      const bool me = team_.successor_.load(std::memory_order_relaxed) == mine_.begin;
-      mine_ = me ? Range{0, team_.shares_} : Range{0, 0};
+      if (successor == kNobody) return;
+      mine_ = mine_.begin <= successor && successor < mine_.end ? Range{0, team_.shares_} : Range{0, 0};
     }
 
    private:
@@ -201,14 +205,13 @@ class Team {
         watches_ = steps_ < kWatched;
       }
       left_ = now;
-      if (!alone) return;
-      int64_t nobody = kNobody;
-      team_.successor_.compare_exchange_strong(nobody, mine_.begin);  // from the next barrier on
+      wants_all_ |= alone;
     }
 
     static constexpr int kWaits = 3, kWatched = 64;
     Team& team_;
     Range mine_;
+    bool wants_all_ = false;  // from the next barrier on
     bool watches_ = false;
     int64_t steps_ = 0, waits_ = 0;             // since it watches: all, and those that it gave its core away in
     Time waited_{}, least_work_ = Time::max();  // in these; between two barriers, where no input gates are made as well
@@ -223,9 +226,12 @@ class Team {
   alignas(64) std::atomic<int64_t> gathered_{0};
   std::atomic<int> state_{kGathering};
   std::atomic<int64_t> long_waits_{0};
-  std::atomic<int64_t> successor_{kNobody};  // the first share of the thread that is to go on alone
-  alignas(64) std::atomic<int64_t> passed_{0};
-  std::atomic<int64_t> released_{0};  // 2 n after the n-th calls of all; odd if only the successor goes on
+  // Of each share, 2 n from its n-th call on; odd if its thread wants to go on with all, which the first such does.
+  // They lie in lines of their own: one that all write goes from core to core twice before everybody knows.
+  struct alignas(64) Arrival {
+    std::atomic<int64_t> call{0};
+  };
+  std::vector<Arrival> arrivals_;
 };
 
 // Runs passes that do not wait for each other: side by side, each with its part of the threads, or one after the other,
