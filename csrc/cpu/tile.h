@@ -296,17 +296,27 @@ FASTRNN_HD V every_other(V a, V b, std::index_sequence<lane...>) {
   return __builtin_shufflevector(a, b, 2 * lane + kFirst...);
 }
 
-// How dots() adds up: kValues of a row x times as many of a row of w, in the lanes of a vector.
+// How dots() adds up: kValues of a row x, or the first `count` of them, times those of a row of w, in the lanes of a
+// vector.
 template <typename S>
 struct Dot {
   using M = Multiply<S>;
   using V = Vec<typename M::T>;
   using X = Vec<typename M::Word>;
   static constexpr int kValues = kWidth<typename M::T> * M::kDepth;
-  FASTRNN_HD static X read(const S* x) { return M::along(x, AllLanes{}); }
-  FASTRNN_HD static void add(V& sum, const X& x, const S* w) { M::add(sum, x, M::along(w, AllLanes{})); }
+  template <typename Count>
+  FASTRNN_HD static X read(const S* x, Count count) {
+    return M::along(x, count);
+  }
+  template <typename Count>
+  FASTRNN_HD static void add(V& sum, const X& x, const S* w, Count count) {
+    M::add(sum, x, M::along(w, count));
+  }
 };
 #if defined(FASTRNN_WIDEN)
+// Of `count` values, how many are among the `width` from `first` on.
+FASTRNN_HD AllLanes count_within(AllLanes, int /*first*/, int /*width*/) { return {}; }
+FASTRNN_HD int count_within(int count, int first, int width) { return std::clamp(count - first, 0, width); }
 // Words of two values each: their widening is a shift, or a mask.
 template <>
 struct Dot<WidenedBf16> {
@@ -315,14 +325,16 @@ struct Dot<WidenedBf16> {
   struct X {
     V even, odd;
   };
-  FASTRNN_HD static X read(const float* x) {
-    const V first = load(x), second = load(x + kWords);
+  template <typename Count>
+  FASTRNN_HD static X read(const float* x, Count count) {
+    const V first = load(x, count_within(count, 0, kWords));
+    const V second = load(x + kWords, count_within(count, kWords, kWords));
     constexpr auto kLanes = std::make_index_sequence<kWords>();
     return {every_other<0>(first, second, kLanes), every_other<1>(first, second, kLanes)};
   }
-  FASTRNN_HD static void add(V& sum, const X& x, const WidenedBf16* w) {
-    Vec<uint32_t> words;
-    std::memcpy(&words, w, sizeof words);
+  template <typename Count>
+  FASTRNN_HD static void add(V& sum, const X& x, const WidenedBf16* w, Count count) {
+    const auto words = load_bits<Vec<uint32_t>>(w, count);
     sum += x.even * bit_cast<V>(words << 16);
     sum += x.odd * bit_cast<V>(words & 0xFFFF0000);
   }
@@ -336,17 +348,18 @@ struct Dot<Half> {
   struct X {
     V part[kParts];
   };
-  FASTRNN_HD static X read(const float* x) {
-    X values;
-    std::memcpy(&values, x, sizeof values);
-    return values;
+  template <typename Count>
+  FASTRNN_HD static X read(const float* x, Count count) {
+    constexpr int kW = kWidth<float>;
+    Vec<float> vectors[kValues / kW];
+    for (int i = 0; i < kValues / kW; ++i) vectors[i] = load(x + i * kW, count_within(count, i * kW, kW));
+    return bit_cast<X>(vectors);
   }
-  FASTRNN_HD static void add(V& sum, const X& x, const Half* w) {
+  template <typename Count>
+  FASTRNN_HD static void add(V& sum, const X& x, const Half* w, Count count) {
 #pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) {
-      __m128i bits;
-      std::memcpy(&bits, w + 8 * i, sizeof bits);
-      sum += x.part[i] * (V)_mm256_cvtph_ps(bits);
+      sum += x.part[i] * (V)_mm256_cvtph_ps(load_bits<__m128i>(w + 8 * i, count_within(count, 8 * i, 8)));
     }
   }
 };
@@ -372,22 +385,13 @@ FASTRNN_HD Vec<T> dots(int64_t K, const Operand<S>* x, const S* w, Lanes lanes) 
     }
   };
   int64_t k = 0;
-  for (; k + kValues <= K; k += kValues) {
-    const typename D::X values = D::read(x + k);
+  const auto add = [&](auto count) FASTRNN_INLINE {
+    const typename D::X values = D::read(x + k, count);
 #pragma GCC unroll 16
-    for (int j = 0; j < kW; ++j) D::add(sums[j], values, row(j) + k);
-  }
-  if (k < K) {
-    Operand<S> rest_of_x[kValues]{};
-    S rest[kValues]{};
-    std::memcpy(rest_of_x, x + k, (K - k) * sizeof(Operand<S>));
-    const typename D::X values = D::read(rest_of_x);
-#pragma GCC unroll 16
-    for (int j = 0; j < kW; ++j) {
-      std::memcpy(rest, row(j) + k, (K - k) * sizeof(S));
-      D::add(sums[j], values, rest);
-    }
-  }
+    for (int j = 0; j < kW; ++j) D::add(sums[j], values, row(j) + k, count);
+  };
+  for (; k + kValues <= K; k += kValues) add(AllLanes{});
+  if (k < K) add(static_cast<int>(K - k));
   if constexpr (sizeof sums[0] == sizeof(Vec<T>)) {
     return lane_sums<T>(sums);
   } else {  // halves of vectors: the first of their steps comes for free

@@ -164,20 +164,30 @@ struct Format<Half> {
 #endif
 
 // The bits of all values that V has room for, or of the first ones; the others are 0.
-template <typename V, typename S, typename Lanes>
-FASTRNN_HD V load_bits(const S* from, Lanes lanes) {
+template <typename V, typename S>
+FASTRNN_HD V load_bits(const S* from, AllLanes) {
   static_assert(sizeof(S) == sizeof(uint16_t));
-  V bits{};
-  if constexpr (std::is_same_v<Lanes, AllLanes>) {
-    std::memcpy(&bits, from, sizeof bits);
-#if FASTRNN_VECTOR_BYTES == 64
-  } else if constexpr (sizeof(V) == sizeof(Bits16)) {
-    bits = (V)_mm256_maskz_loadu_epi16(mask_of(lanes), from);
-#endif
-  } else {
-    std::memcpy(&bits, from, sizeof(S) * lanes);
-  }
+  V bits;
+  std::memcpy(&bits, from, sizeof bits);
   return bits;
+}
+template <typename V, typename S>
+FASTRNN_HD V load_bits(const S* from, int count) {
+  static_assert(sizeof(S) == sizeof(uint16_t));
+#if FASTRNN_VECTOR_BYTES == 64
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(V) == 64) {
+    return (V)_mm512_maskz_loadu_epi16(mask, from);
+  } else if constexpr (sizeof(V) == 32) {
+    return (V)_mm256_maskz_loadu_epi16(static_cast<uint16_t>(mask), from);
+  } else {
+    return (V)_mm_maskz_loadu_epi16(static_cast<uint8_t>(mask), from);
+  }
+#else
+  V bits{};
+  std::memcpy(&bits, from, sizeof(S) * count);
+  return bits;
+#endif
 }
 template <typename S, typename Lanes>
 FASTRNN_HD typename Format<S>::V load(const S* from, Lanes lanes) {
