@@ -34,8 +34,8 @@ template <typename T>
 FASTRNN_HD void store(T* to, Vec<T> v) {
   std::memcpy(to, &v, sizeof v);
 }
-// The first `lanes` lanes only: at the end of a row of units. The others read as 0. By masks where there are some: to
-// copy a number of bytes that is not known here is a call, and a vector that waits for it.
+// The first `lanes` lanes only: at the end of a row of units. The others read as 0. By masks where there are some,
+// else one by one: to copy a number of bytes that is not known here is a call, and a vector that waits for it.
 #if FASTRNN_VECTOR_BYTES == 64
 FASTRNN_HD uint16_t mask_of(int lanes) { return static_cast<uint16_t>((1u << lanes) - 1); }
 template <typename T>
@@ -73,12 +73,18 @@ FASTRNN_HD void store(double* to, Vec<double> v, int lanes) { _mm256_maskstore_p
 template <typename T>
 Vec<T> load(const T* from, int lanes) {
   Vec<T> v{};
-  std::memcpy(&v, from, sizeof(T) * lanes);
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth<T>; ++i) {
+    if (i < lanes) v[i] = from[i];
+  }
   return v;
 }
 template <typename T>
 void store(T* to, Vec<T> v, int lanes) {
-  std::memcpy(to, &v, sizeof(T) * lanes);
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth<T>; ++i) {
+    if (i < lanes) to[i] = v[i];
+  }
 }
 #endif
 // All lanes, known when compiling.
@@ -184,9 +190,19 @@ FASTRNN_HD V load_bits(const S* from, int count) {
     return (V)_mm_maskz_loadu_epi16(static_cast<uint8_t>(mask), from);
   }
 #else
-  V bits{};
-  std::memcpy(&bits, from, sizeof(S) * count);
-  return bits;
+  constexpr int kValues = kWidth<float>;
+  if constexpr (sizeof(V) > sizeof(Bits16)) {
+    const auto low = load_bits<__m128i>(from, std::min(count, kValues));
+    const auto high = load_bits<__m128i>(from + kValues, std::max(count - kValues, 0));
+    return (V)_mm256_set_m128i(high, low);
+  } else {
+    Bits16 bits{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kValues; ++i) {
+      if (i < count) bits[i] = from[i].bits;
+    }
+    return bit_cast<V>(bits);
+  }
 #endif
 }
 template <typename S, typename Lanes>
@@ -202,7 +218,10 @@ FASTRNN_HD void store(S* to, typename Format<S>::V v, Lanes lanes) {
 #if FASTRNN_VECTOR_BYTES == 64
     _mm256_mask_storeu_epi16(to, mask_of(lanes), (__m256i)bits);
 #else
-    std::memcpy(to, &bits, sizeof(S) * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth<float>; ++i) {
+      if (i < lanes) to[i].bits = bits[i];
+    }
 #endif
   }
 }
