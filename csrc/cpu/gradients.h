@@ -195,41 +195,58 @@ class WeightGradients {
     }
   }
 
+  // Long sums read each panel once. Short ones wait for the results: a tile of them is written from end to end.
   void add_products(const Share& share, const Block& block) const {
-    for_each_panel_of(share, [&](const Weight& weight, Units units, int64_t column) {
-      Ahead ahead = share.panel_after(column, block.depth);
+    constexpr int64_t kShort = 32;
+    if (block.depth <= kShort) {
+      Ahead nothing;
       for_each_tile(0, block.count, kRows, [&](int64_t first, int count) {
-        const auto result = [&](int r) FASTRNN_INLINE { return weight.d_weight + (block.m0 + first + r) * weight.K; };
-        // Sums over the blocks gather in the results or, where narrowing would round each of them, beside.
-        const auto so_far = [&](int r, int64_t j) FASTRNN_INLINE {
-          if constexpr (kNarrows) {
-            const int64_t row = block.m0 + first + r - share.row_begin;
-            return share.sums.get() + row * share.columns() + column + j - units.begin;
-          } else {
-            return result(r) + j;
-          }
-        };
-        const R* rows[kMaxTileRows] = {};
-        for (int r = 0; r < count; ++r) {
-          rows[r] = block.gates + (first + r) * block.depth;
-          if (block.n0 > 0) prefetch(so_far(r, units.begin), units.end - units.begin, true);
-        }
-        alignas(64) T tile[kRows * Panel::kColumns];
-        product_of_units<R, Panel>(units.end - units.begin, count, block.depth, rows, share.panel(column, block.depth),
-                                   Panel::kColumns, nullptr, tile, ahead);
-        for (int r = 0; r < count; ++r) {
-          for_each_vector<T>(units.begin, units.end, weight.K, [&](int64_t j, auto lanes) FASTRNN_INLINE {
-            Vec<T> sum = load(tile + r * Panel::kColumns + j - units.begin);
-            if (block.n0 > 0) sum += load(so_far(r, j), lanes);
-            if (is_last(block)) {
-              store(result(r) + j, sum, lanes);
-            } else {
-              store(so_far(r, j), sum, lanes);
-            }
-          });
+        for_each_panel_of(share, [&](const Weight& weight, Units units, int64_t column) {
+          add_tile(share, block, weight, units, column, first, count, nothing);
+        });
+      });
+    } else {
+      for_each_panel_of(share, [&](const Weight& weight, Units units, int64_t column) {
+        Ahead ahead = share.panel_after(column, block.depth);
+        for_each_tile(0, block.count, kRows, [&](int64_t first, int count) {
+          add_tile(share, block, weight, units, column, first, count, ahead);
+        });
+      });
+    }
+  }
+
+  // `count` rows of the block from `first` on, of one panel, whose first column of the share is `column`.
+  FASTRNN_HD void add_tile(const Share& share, const Block& block, const Weight& weight, Units units, int64_t column,
+                           int64_t first, int count, Ahead& ahead) const {
+    const auto result = [&](int r) FASTRNN_INLINE { return weight.d_weight + (block.m0 + first + r) * weight.K; };
+    // Sums over the blocks gather in the results or, where narrowing would round each of them, beside.
+    const auto so_far = [&](int r, int64_t j) FASTRNN_INLINE {
+      if constexpr (kNarrows) {
+        const int64_t row = block.m0 + first + r - share.row_begin;
+        return share.sums.get() + row * share.columns() + column + j - units.begin;
+      } else {
+        return result(r) + j;
+      }
+    };
+    const R* rows[kMaxTileRows] = {};
+    for (int r = 0; r < count; ++r) {
+      rows[r] = block.gates + (first + r) * block.depth;
+      if (block.n0 > 0) prefetch(so_far(r, units.begin), units.end - units.begin, true);
+    }
+    alignas(64) T tile[kRows * Panel::kColumns];
+    product_of_units<R, Panel>(units.end - units.begin, count, block.depth, rows, share.panel(column, block.depth),
+                               Panel::kColumns, nullptr, tile, ahead);
+    for (int r = 0; r < count; ++r) {
+      for_each_vector<T>(units.begin, units.end, weight.K, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+        Vec<T> sum = load(tile + r * Panel::kColumns + j - units.begin);
+        if (block.n0 > 0) sum += load(so_far(r, j), lanes);
+        if (is_last(block)) {
+          store(result(r) + j, sum, lanes);
+        } else {
+          store(so_far(r, j), sum, lanes);
         }
       });
-    });
+    }
   }
 
   const WeightGradient<S>& p_;
