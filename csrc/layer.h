@@ -141,6 +141,14 @@ inline Tensor or_nothing(const MaybeTensor& t, const Tensor& like) {
   return t ? *t : empty(like, {0}, like.scalar_type());
 }
 
+// What is asked of a layer.
+struct ForwardCall {
+  Arguments arguments;
+  bool save, return_cells;
+
+  bool asks_as(const ForwardCall& other) const { return save == other.save && return_cells == other.return_cells; }
+};
+
 struct ForwardResult {
   Tensor output, h_n;
   MaybeTensor c_n, cells, saved_gates, saved_c, saved_m, h_in;

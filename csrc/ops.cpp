@@ -12,11 +12,14 @@
 // Where a path can pack the weights of a layer before its calls, an operator _*_pack does so, and _*_packed takes what
 // it made in the place of save: the layer without what backward needs. They are for fastrnn/packing.py, which knows
 // when weights have changed.
+//
+// An operator _*_stack runs all layers of a module of torch.nn's cells, without what backward needs.
 #include <array>
 #include <string>
 #include <tuple>
 
 #include "layer.h"
+#include "stack.h"
 
 #if defined(FASTRNN_EMULATE)
 #include "persistent_path.h"
@@ -54,13 +57,7 @@ constexpr CellFacts kFacts = {Cell<float>::kGates + kResetsBefore<Cell<float>>, 
                               Cell<float>::kParameters, kResetsBefore<Cell<float>>,
                               kResetsBefore<Cell<float>> || kNormalises<Cell<float>>};
 
-// What is asked of a layer.
-struct ForwardCall {
-  Arguments arguments;
-  bool save, return_cells;
-
-  bool asks_as(const ForwardCall& other) const { return save == other.save && return_cells == other.return_cells; }
-};
+// What is asked of backward.
 struct BackwardCall {
   Arguments arguments;
   ForwardResult saved;
@@ -82,6 +79,21 @@ struct Operator {
 
   static ForwardResult run(const ForwardCall& call) { return run(layer_of(call.arguments), call); }
   static Gradients run(const BackwardCall& call) { return run(layer_of(call.arguments), call); }
+
+  static std::vector<Tensor> stack(const Tensor& input, std::vector<Tensor> weights, std::vector<Tensor> packed,
+                                   std::vector<Tensor> states, const MaybeTensor& batch_sizes, bool has_biases,
+                                   int64_t runs, int64_t directions) {
+    const LayerStack layers{kNames<Cell>.forward,
+                            std::move(weights),
+                            std::move(packed),
+                            std::move(states),
+                            batch_sizes,
+                            has_biases,
+                            runs,
+                            directions};
+    layers.check_all(C::kStates);
+    return run_stack<Operator>(layers, input);
+  }
 
   static Tensor pack(const MaybeTensor& w_ih, const Tensor& w_hh, const MaybeTensor& w_hr) {
     // The weight in the place of the input: what they are compared with.
@@ -403,6 +415,12 @@ void define(Library& m, const std::string& name) {
   def(name + "_layer", floats + "bool save, " + controls, results + saved);
   def("_" + name + "_layer_packed", floats + "Tensor packed, " + controls, results + saved);
   m.def(("_" + name + "_layer_pack(Tensor? w_ih, Tensor w_hh, Tensor? w_hr) -> Tensor").c_str());
+  if (kIsTorchCell<Cell>) {
+    m.def(("_" + name +
+           "_layer_stack(Tensor input, Tensor[] weights, Tensor[] packed, Tensor[] states, Tensor? batch_sizes, "
+           "bool has_biases, int runs, int directions) -> Tensor[]")
+              .c_str());
+  }
   def(name + "_layer_backward",
       std::string("Tensor? grad_output, Tensor? grad_h_n, ") + (has_c ? "Tensor? grad_c_n, Tensor? grad_cells, " : "") +
           floats + "Tensor output, " + saved + ", bool need_input, bool need_weights, bool need_states, " + controls,
@@ -429,6 +447,7 @@ void implement(Library& m, const std::string& layer) {
 template <template <typename> class Cell, template <template <typename> class> class Path>
 void implement(Library& m, const std::string& name) {
   using Run = Operator<Cell, Path>;
+  if constexpr (kIsTorchCell<Cell>) m.impl(("_" + name + "_layer_stack").c_str(), TORCH_BOX(&Run::stack));
   constexpr bool packs = Path<Cell>::kPacks;
   if constexpr (Cell<float>::kStates > 1) {
     implement<Run, CResults, &c_forward<Cell, bool>, &c_forward<Cell, const Tensor&>, &c_backward<Cell>, packs>(

@@ -45,6 +45,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or _is_forward_mode()
 
 
+def is_recorded() -> bool:
+    """Whether a call is recorded for others, looked at on its way by a mode, or transformed."""
+    return torch.compiler.is_compiling() or is_tracing() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class Operator:
     """An operator and its backward.
 

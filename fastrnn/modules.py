@@ -98,6 +98,9 @@ class RNN(LayerStack):
                 return h.unsqueeze(0), h.clone()  # apart: the states may be changed in place
         return library.rnn_layer(*args, nonlinearity=self.nonlinearity, **options)  # type: ignore[no-any-return]
 
+    def _torch_cell(self) -> str | None:
+        return self.nonlinearity if self.nonlinearity in ops.STACKS else None
+
     def _promotes(self, packed: bool) -> tuple[bool, ...]:
         return False, False
 
@@ -178,6 +181,9 @@ class GRU(LayerStack):
 
     def _op(self, *args: Any, library: Any = ops, **options: Any) -> tuple[Tensor, ...]:
         return library.gru_layer(*args, reset_after=self.reset_after, **options)  # type: ignore[no-any-return]
+
+    def _torch_cell(self) -> str | None:
+        return "gru" if self.reset_after and not self.layer_norm else None
 
     def _promotes(self, packed: bool) -> tuple[bool, ...]:
         return True, True
@@ -320,6 +326,9 @@ class LSTM(LayerStack):
 
     def _op(self, *args: Any, library: Any = ops, **options: Any) -> tuple[Tensor, ...]:
         return library.lstm_layer(*args, coupled=self.coupled, **options)  # type: ignore[no-any-return]
+
+    def _torch_cell(self) -> str | None:
+        return None if self.coupled or self.peephole or self.layer_norm else "lstm"
 
     def _further_weights(self, weights: list[Tensor]) -> dict[str, Any]:
         named = super()._further_weights(weights)

@@ -457,3 +457,9 @@ _LSTM_NORM = _c_operator("lstm_norm_layer", 12, 4, partial(_lstm_definition, nor
 _GRU_NORM = _h_operator("gru_norm_layer", 10, 3, _gru_norm_definition)
 _SLSTM = _c_operator("slstm_layer", 5, 4, _slstm_definition)
 flops.tell_torch()
+
+# Of the cells of torch.nn: what packs the weights of a layer, and what runs all layers of a module.
+STACKS = {
+    cell: (operator.pack, getattr(torch.ops.fastrnn, f"_{operator.name}_stack").default)
+    for cell, operator in {"tanh": _RNN["tanh"], "relu": _RNN["relu"], "gru": _GRU, "lstm": _LSTM}.items()
+}

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import ops, wavefront
-from fastrnn.autograd import has_values, is_tracing, side_by_side
+from fastrnn.autograd import has_values, is_recorded, is_tracing, side_by_side
 from fastrnn.options import NO_OPTIONS, Options, RecurrentOptions
-from fastrnn.packing import PacksWeights
+from fastrnn.packing import Packing, PacksWeights
 
 NO_SCRIPT = (
     "torch.jit.script does not compile fastrnn.{}: torch.export, torch.compile and torch.jit.trace do, "
@@ -28,6 +28,7 @@ NO_SCRIPT = (
 
 # Inside this module states are a sequence, h or (h, c); `hx` is what the user sees, a tensor or a pair.
 States = Sequence[Tensor]
+_PLAIN = (Tensor, nn.Parameter)  # no subclasses, which may look into each layer
 Device = torch.device | str | int | None
 
 
@@ -354,6 +355,11 @@ class LayerStack(PacksWeights, nn.RNNBase):
             output, *last = self._run_layer(input, weights, own, controls, **where)
             return [output, *[state.unsqueeze(0) for state in last[: len(own)]], *last[len(own) :]]
 
+        if not controls:
+            at_once = self._run_at_once(input, weights, packings, zeros or states or (), batch_sizes)
+            if at_once is not None:
+                return at_once
+
         initial = [zeros] * runs if zeros else list(zip(*(state.unbind() for state in states or ()), strict=True))
         per_run = len(weights) // runs
 
@@ -390,6 +396,43 @@ class LayerStack(PacksWeights, nn.RNNBase):
         joined = [torch.cat(cells, -1)] if cells else []
         return [input, *(torch.stack(state) for state in zip(*final, strict=True)), *joined]
 
+    def _run_at_once(
+        self,
+        input: Tensor,
+        weights: Sequence[Tensor],
+        packings: Sequence[Packing],
+        states: States,
+        batch_sizes: Tensor | None,
+    ) -> list[Tensor] | None:
+        """All layers in one call, which saves the way to each of them; None where one cannot be.
+
+        For plain tensors of the CPU, in eager mode, without gradients and options.
+        """
+        cell = self._torch_cell()
+        directions = 2 if self.bidirectional else 1
+        runs = self.num_layers * directions
+        tensors = (input, *weights, *states)
+        if (
+            cell is None
+            or "_op" in vars(self)  # fastrnn.diagnostics looks at every step
+            or self.options is not NO_OPTIONS
+            or (self.training and self.dropout > 0)
+            or is_recorded()
+            or not input.is_cpu
+            or not all([type(tensor) in _PLAIN for tensor in tensors])
+            or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+        ):
+            return None
+        pack, run = ops.STACKS[cell]
+        packed: list[Tensor | None] = []
+        for packing, first in zip(packings, range(0, len(weights), len(weights) // runs), strict=False):
+            w_hr = weights[first + len(weights) // runs - 1] if self.proj_size > 0 else None
+            packed.append(packing.of(pack, (weights[first], weights[first + 1], w_hr)))
+        if any([one is None for one in packed]):
+            return None
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(input, weights, packed, states, batch_sizes, self.bias, runs, directions)  # type: ignore[no-any-return]
+
     def _run_layer(
         self,
         input: Tensor,
@@ -422,6 +465,10 @@ class LayerStack(PacksWeights, nn.RNNBase):
         first = 1 if self.proj_size > 0 else 0
         named: dict[str, Any] = {"w_hr": weights[0]} if first else {}
         return named | {"layer_norm": weights[first:]} if self.layer_norm else named
+
+    def _torch_cell(self) -> str | None:
+        """The cell of torch.nn that this module computes, as `ops.STACKS` names it, if it is one."""
+        return None
 
     def _zeros(self, input: Tensor, batch: int) -> States:
         """The initial states of one direction of one layer."""
