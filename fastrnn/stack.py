@@ -355,7 +355,8 @@ class LayerStack(PacksWeights, nn.RNNBase):
             output, *last = self._run_layer(input, weights, own, controls, **where)
             return [output, *[state.unsqueeze(0) for state in last[: len(own)]], *last[len(own) :]]
 
-        if not controls:
+        steps = wavefront.steps_of_chunk(self, input, [*weights, *(states or ())], controls, batch_sizes)
+        if not steps and not controls:
             at_once = self._run_at_once(input, weights, packings, zeros or states or (), batch_sizes)
             if at_once is not None:
                 return at_once
@@ -372,7 +373,7 @@ class LayerStack(PacksWeights, nn.RNNBase):
             drops = layer > 0 and self.dropout > 0 and self.training
             return torch.dropout(input, self.dropout, True) if drops else input
 
-        if steps := wavefront.steps_of_chunk(self, input, [*weights, *(states or ())], controls, batch_sizes):
+        if steps:
             layers = [
                 lambda input, states, layer=layer, **meet: run_one(layer, dropped(layer, input), states, **meet)
                 for layer in range(runs)
