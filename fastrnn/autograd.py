@@ -34,20 +34,19 @@ def is_tracing() -> bool:
     return torch._C._get_tracing_state() is not None  # as torch.jit.is_tracing asks, in half of its time
 
 
+def is_recorded() -> bool:
+    """Whether a call is compiled, or goes through a mode that records it or looks at its operators."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether a call may look at the values of a tensor: not at fake ones, nor where it is recorded for others."""
-    is_recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return type(tensor) is Tensor and not is_recorded
+    return type(tensor) is Tensor and not is_recorded()
 
 
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work."""
     return torch._C._are_functorch_transforms_active() or _is_forward_mode()
-
-
-def is_recorded() -> bool:
-    """Whether a call is recorded for others, looked at on its way by a mode, or transformed."""
-    return torch.compiler.is_compiling() or is_tracing() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class Operator:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import ops, wavefront
-from fastrnn.autograd import has_values, is_recorded, is_tracing, side_by_side
+from fastrnn.autograd import has_values, is_recorded, is_tracing, is_transformed, side_by_side
 from fastrnn.options import NO_OPTIONS, Options, RecurrentOptions
 from fastrnn.packing import Packing, PacksWeights
 
@@ -419,6 +419,8 @@ class LayerStack(PacksWeights, nn.RNNBase):
             or self.options is not NO_OPTIONS
             or (self.training and self.dropout > 0)
             or is_recorded()
+            or is_tracing()
+            or is_transformed()
             or not input.is_cpu
             or not all([type(tensor) in _PLAIN for tensor in tensors])
             or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
