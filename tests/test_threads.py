@@ -64,6 +64,19 @@ def test_short_sequences(cell, T, layout, dtype, threads, torch_threads):
     check_parity(Case(cell, T, 20, 24, 260, layout=layout, dtype=dtype, bidirectional=T > 1), fastrnn, CPU)
 
 
+# Gradients of weights from up to four rows are written row by row; of large weights, from up to eight. With one thread,
+# several, and more than there are blocks of rows, which then share columns too.
+@pytest.mark.parametrize("threads", [1, 2, 67])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "T, B, I, H",
+    [(1, 1, 300, 330), (2, 1, 300, 330), (1, 3, 300, 330), (2, 2, 300, 330), (1, 5, 300, 330), (2, 4, 9, 1050)],
+)
+def test_few_rows(T, B, I, H, dtype, threads, torch_threads):
+    torch.set_num_threads(threads)
+    check_parity(Case("lstm" if H > 1000 else "gru", T, B, I, H, dtype=dtype), fastrnn, CPU)
+
+
 @pytest.mark.parametrize("B", [97, 193])
 def test_equal_rows_have_equal_gradients(B, torch_threads):
     """Tiles of a step are as even as can be, however many its rows: one of a single row would sum in another order."""

@@ -72,6 +72,9 @@ class WeightGradients {
   // each block adds to them: fewer, longer blocks.
   static constexpr int64_t kMostRows = 3072 / sizeof(Word) * M::kDepth, kManyWeights = 4 << 20;
   static int64_t block_rows(int64_t weights) { return weights > kManyWeights ? kMostRows : kMostRows / 2; }
+  // So few rows of N that it takes longer to write their sums than to make them; more where the sums go to memory.
+  static constexpr int kFewRows = 8;
+  static int64_t few_rows(int64_t weights) { return weights > kManyWeights ? kFewRows : kFewRows / 2; }
   // Rows of d_weight whose d_gates are transposed at a time: whole squares and, if possible, tiles.
   static constexpr int64_t kGroup = 48;
   static_assert(kGroup % kW == 0);
@@ -124,6 +127,7 @@ class WeightGradients {
   }
 
   void run_share(const Share& share) const {
+    if (p_.N <= few_rows(p_.M * columns_)) return write_rows(share);
     for (int64_t n0 = 0; n0 < p_.N; n0 += block_rows_) {
       const int64_t depth = std::min(block_rows_, p_.N - n0);
       for_each_panel_of(share, [&](const Weight& weight, Units units, int64_t column) {
@@ -139,14 +143,35 @@ class WeightGradients {
         add_products(share, block);
       });
     }
-    if (p_.N == 0) clear(share);
   }
 
-  void clear(const Share& share) const {
-    const int64_t begin = share.row_begin, end = share.row_end;
-    for (const Weight& of : {p_.first, p_.second}) {
-      if (of.d_weight) std::fill(of.d_weight + begin * of.K, of.d_weight + end * of.K, S{});
-      if (of.d_bias) std::fill(of.d_bias + begin, of.d_bias + end, S{});
+  // Of few rows, or none: memory takes one row of d_weight after the other sooner than a tile of them.
+  template <int kFew = kFewRows>
+  void write_rows(const Share& share) const {
+    if constexpr (kFew > 0) {
+      if (p_.N < kFew) return write_rows<kFew - 1>(share);
+    }
+    for (const Weight* weight : {&p_.first, &p_.second}) {
+      const int64_t K = columns(*weight), before = weight == &p_.first ? 0 : second_column_;
+      const int64_t begin = std::max<int64_t>(0, share.column_begin - before);
+      const int64_t end = std::min(K, share.column_end - before);
+      for (int64_t m = share.row_begin; m < share.row_end; ++m) {
+        Vec<T> gates[kFew + 1];
+        T bias = 0;
+#pragma GCC unroll 8
+        for (int n = 0; n < kFew; ++n) {
+          const T gate = M::widen(p_.d_gates[n * p_.M + m]);
+          gates[n] = broadcast<Vec<T>>(gate);
+          bias += gate;
+        }
+        for_each_vector<T>(begin, end, K, [&](int64_t j, auto lanes) FASTRNN_INLINE {
+          Vec<T> sum{};
+#pragma GCC unroll 8
+          for (int n = 0; n < kFew; ++n) sum += gates[n] * load(weight->rows[n] + j, lanes);
+          store(weight->d_weight + m * K + j, sum, lanes);
+        });
+        if (weight->d_bias && share.column_begin == 0) store(weight->d_bias + m, broadcast<Vec<T>>(bias), 1);
+      }
     }
   }
 
