@@ -138,8 +138,8 @@ def rnn_step(
 ) -> Tensor | None:
     """One step (B, H) of `rnn_layer` by torch's own operators, or None where the layer is to be preferred.
 
-    On the CPU fusing a single step saves less than the call costs where the step is small, and less than a node of the
-    graph in Python costs where gradients are wanted.
+    On the CPU fusing a single step saves less than the call costs where the step is small and, where gradients are
+    wanted, less than a node of the graph in Python costs up to larger ones.
     """
     step = _RNN_STEP.get(nonlinearity)
     if step is None or not input.is_cpu or torch.compiler.is_compiling():
@@ -147,9 +147,9 @@ def rnn_step(
     if torch._C._are_functorch_transforms_active():  # torch.vmap has no rule for them, and loops over its members
         return None
     arguments = (input, h, w_ih, w_hh, b_ih, b_hh)
-    is_small = input.size(0) * (w_ih.numel() + w_hh.numel()) < _STEP_WORTH_FUSING
     wants_gradients = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-    return step(*arguments) if is_small or wants_gradients else None
+    least = _STEP_WORTH_A_NODE if wants_gradients else _STEP_WORTH_FUSING
+    return step(*arguments) if input.size(0) * (w_ih.numel() + w_hh.numel()) < least else None
 
 
 def gru_layer(
@@ -442,7 +442,7 @@ def _slstm_definition(*arguments: Any) -> tuple[Tensor, ...]:
     return reference.slstm_layer(input, w_ih, w_hh, b_ih, b_hh, h0, c0, **options)
 
 
-_STEP_WORTH_FUSING = 1 << 16  # multiply-adds
+_STEP_WORTH_FUSING, _STEP_WORTH_A_NODE = 1 << 16, 1 << 20  # multiply-adds
 _RNN_STEP = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 _RNN = {
     nonlinearity: _h_operator(f"rnn_{nonlinearity}_layer", 0, 1, reference.rnn_layer, nonlinearity=nonlinearity)

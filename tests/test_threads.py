@@ -77,6 +77,14 @@ def test_few_rows(T, B, I, H, dtype, threads, torch_threads):
     check_parity(Case("lstm" if H > 1000 else "gru", T, B, I, H, dtype=dtype), fastrnn, CPU)
 
 
+@pytest.mark.parametrize("H, is_layer", [(32, False), (600, True)])
+def test_a_step_of_an_rnn(H, is_layer):
+    """Of a small one the step and its gradients are torch's own operators, of a large one the layer."""
+    check_parity(Case("rnn_tanh", 1, 3, 40, H), fastrnn, CPU)
+    output, _ = fastrnn.RNN(40, H)(torch.randn(1, 3, 40))
+    assert output.grad_fn.name().startswith("_Fastrnn") is is_layer
+
+
 @pytest.mark.parametrize("B", [97, 193])
 def test_equal_rows_have_equal_gradients(B, torch_threads):
     """Tiles of a step are as even as can be, however many its rows: one of a single row would sum in another order."""
