@@ -19,34 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastrnn import batching
+from fastrnn.modes import is_forward_mode, is_in_transform, is_tracing, is_transformed
 from fastrnn.packing import Packing
 
 Tensors = tuple[Tensor, ...]
 Results = tuple[Tensor | None, ...]
 Gradients = Sequence[Tensor | None]
-
-
-def is_tracing() -> bool:
-    """Whether torch.jit.trace runs. Sizes are tensors then, and a check of them is recorded as a constant."""
-    return torch._C._get_tracing_state() is not None  # as torch.jit.is_tracing asks, in half of its time
-
-
-def is_recorded() -> bool:
-    """Whether a call is compiled, or goes through a mode that records it or looks at its operators."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether a call may look at the values of a tensor: not at fake ones, nor where it is recorded for others."""
-    return type(tensor) is Tensor and not is_recorded()
-
-
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work."""
-    return torch._C._are_functorch_transforms_active() or _is_forward_mode()
 
 
 class Operator:
@@ -115,9 +95,9 @@ class Operator:
             tensors = arguments[: self.floats]
             save = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
             return self.forward(*arguments, save, *controls)  # type: ignore[no-any-return]
-        if _is_forward_mode():
+        if is_forward_mode():
             return self.definition(*arguments, *controls)
-        if torch._C._are_functorch_transforms_active():
+        if is_in_transform():
             return _FastrnnLayer.apply(self, *arguments, not recompute, *controls)  # type: ignore[no-any-return, no-untyped-call]
         if meet is not None and not recompute:
             return meet(self, arguments, controls + self.no_controls[len(controls) :], packing)
@@ -235,10 +215,6 @@ def _register(op: Any, kernel: Callable[..., Any], dispatch_key: str) -> None:
     _library.impl(op._opname, kernel, dispatch_key)  # type: ignore[no-untyped-call]
 
 
-def _is_forward_mode() -> bool:
-    return forward_ad._current_level >= 0  # of torch.func.jvp as well
-
-
 def _differentiable_forward(operator: Operator, *arguments: Any) -> Results:
     """What the operator does with autograd: called by torch.ops, and by graphs that hold it."""
     if is_transformed():  # which refuse a Function inside an operator
@@ -251,7 +227,7 @@ def _differentiable_forward(operator: Operator, *arguments: Any) -> Results:
 
 
 def _differentiable_backward(operator: Operator, *arguments: Any) -> Gradients:
-    if _is_forward_mode():
+    if is_forward_mode():
         return operator.gradients(*options_and_tensors(operator, arguments))
     if _is_differentiated(*arguments):
         return _FastrnnGradient.apply(operator, *arguments)  # type: ignore[no-any-return, no-untyped-call]
@@ -260,9 +236,7 @@ def _differentiable_backward(operator: Operator, *arguments: Any) -> Gradients:
 
 def _is_differentiated(*arguments: Any) -> bool:
     """Whether backward, of these arguments, is itself to be differentiated or batched."""
-    return torch._C._are_functorch_transforms_active() or (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-    )
+    return is_in_transform() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
 
 
 def options_and_tensors(operator: Operator, arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -345,7 +319,7 @@ def _backward_arguments(
     controls = _put_tensors(kept.controls, tensors[end + 1 + operator.saved :])
     if not kept.save:
         # Within a transform the operator is its definition, which saves nothing.
-        in_transform = torch._C._are_functorch_transforms_active()
+        in_transform = is_in_transform()
         forward = partial(_FastrnnLayer.apply, operator) if in_transform else operator.forward
         output, *rest = forward(*arguments, kept.reverse, True, *controls)
         saved = rest[operator.results - 1 :]
@@ -420,7 +394,7 @@ class _FastrnnEagerLayers(torch.autograd.Function):
         needed = halves(ctx.needs_input_grad[1:])
         kept = tensors[: ctx.first_tensors], tensors[ctx.first_tensors :]
         first, second = map(partial(_backward_arguments, operator), ctx.kept, kept, halves(grad_results), needed)
-        if torch.compiler.is_compiling() or _is_differentiated(*first, *second) or _is_forward_mode():
+        if torch.compiler.is_compiling() or _is_differentiated(*first, *second) or is_forward_mode():
             gradients = _call_backward(operator, first), _call_backward(operator, second)
         else:
             with torch._C._AutoDispatchBelowAutograd():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import ops
-from fastrnn.autograd import is_tracing, is_transformed
+from fastrnn.modes import is_tracing, is_transformed
 from fastrnn.packing import PacksWeights
 from fastrnn.stack import (
     NO_SCRIPT,

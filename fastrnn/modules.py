@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack  # a requirement of torch
 
 from fastrnn import ops
-from fastrnn.autograd import is_tracing
+from fastrnn.modes import is_tracing
 from fastrnn.options import RecurrentOptions
 from fastrnn.stack import Device, LayerStack, States
 

@@ -20,6 +20,7 @@ from typing_extensions import Unpack  # a requirement of torch
 
 from . import _library, fakes, flops, reference
 from .autograd import Meet, Operator
+from .modes import is_in_transform
 from .packing import Packing
 
 _library.load()
@@ -144,7 +145,7 @@ def rnn_step(
     step = _RNN_STEP.get(nonlinearity)
     if step is None or not input.is_cpu or torch.compiler.is_compiling():
         return None
-    if torch._C._are_functorch_transforms_active():  # torch.vmap has no rule for them, and loops over its members
+    if is_in_transform():  # torch.vmap has no rule for them, and loops over its members
         return None
     arguments = (input, h, w_ih, w_hh, b_ih, b_hh)
     wants_gradients = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from fastrnn.autograd import is_tracing
+from fastrnn.modes import is_tracing
 
 Layer = Callable[..., tuple[Tensor, ...]]
 

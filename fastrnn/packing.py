@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from fastrnn.modes import is_recorded
+
 
 class Packing:
     """The packed weights of one direction of one layer. Copies and pickles of it are empty."""
@@ -103,7 +105,7 @@ class PacksWeights(nn.Module):
 
     def _packings_in_use(self) -> Sequence[Packing]:
         # A mode may be recording the call, for weights to come.
-        if not self._packings or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        if not self._packings or is_recorded():
             return ()
         if torch.is_grad_enabled():  # an optimizer may be at work: what fused ones change torch does not count
             self._clear_packings()

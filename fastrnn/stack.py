@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import ops, wavefront
-from fastrnn.autograd import has_values, is_recorded, is_tracing, is_transformed, side_by_side
+from fastrnn.autograd import side_by_side
+from fastrnn.modes import has_values, is_recorded, is_tracing, is_transformed
 from fastrnn.options import NO_OPTIONS, Options, RecurrentOptions
 from fastrnn.packing import Packing, PacksWeights
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fastrnn import _library
-from fastrnn.autograd import has_values, is_tracing, is_transformed, side_by_side
+from fastrnn.autograd import side_by_side
+from fastrnn.modes import has_values, is_tracing, is_transformed
 from fastrnn.options import NO_OPTIONS, beyond_torch
 
 States = Sequence[Tensor]
