@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import batching
-from fastrnn.modes import is_forward_mode, is_in_transform, is_tracing, is_transformed
+from fastrnn.modes import is_forward_mode, is_in_transform, is_recorded, is_tracing, is_transformed
 from fastrnn.packing import Packing
 
 Tensors = tuple[Tensor, ...]
@@ -280,9 +280,43 @@ class _FastrnnLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_results: Tensor | None) -> Gradients:
-        operator, needed = ctx.operator, ctx.needs_input_grad[1:]
-        arguments = _backward_arguments(operator, ctx.kept, ctx.saved_tensors, grad_results, needed)
+        operator, tensors = ctx.operator, ctx.saved_tensors
+        needed = _needed(ctx, tensors)
+        arguments = _backward_arguments(operator, ctx.kept, tensors, grad_results, needed)
         return None, *_gradients_by_argument(_call_backward(operator, arguments), needed)
+
+
+_WORTH_ASKING = 1 << 27  # multiply-adds of a gradient of the weights
+
+
+def _needed(ctx: Any, tensors: Sequence[Any], layers: int = 1) -> tuple[bool, ...]:
+    """Which arguments of the operator get a gradient, from a Function of so many layers that keeps these tensors.
+
+    Those that require one. But torch.autograd.grad may be after the gradient of the input alone: costly ones of weights
+    are made where its engine has a use for any. It takes some 30 us to hear that it is after that of a leaf.
+    """
+    needed = ctx.needs_input_grad[1:]
+    if is_recorded() or torch._C._current_graph_task_id() < 0:
+        return needed  # type: ignore[no-any-return]
+    weights = ctx.operator.floats - ctx.operator.states - 1
+    input, *others = tensors[: weights + 1]
+    work = input.numel() // max(1, input.size(-1)) * sum([w.numel() for w in others if w is not None])
+    if work < _WORTH_ASKING:
+        return needed  # type: ignore[no-any-return]
+    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
+    of_arguments, needed = [next(nodes) if need else None for need in needed], list(needed)
+    for first in range(1, len(needed), len(needed) // layers):
+        if not any(map(_is_used, of_arguments[first : first + weights])):
+            needed[first : first + weights] = [False] * weights
+    return tuple(needed)
+
+
+def _is_used(node: Any) -> bool:
+    """Whether the backward pass that runs comes to a node of the graph."""
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)  # as register_multi_grad_hook asks
+    except RuntimeError:  # "A leaf node was passed": one whose gradient torch.autograd.grad is to return
+        return True
 
 
 class _Kept(NamedTuple):
@@ -391,7 +425,7 @@ class _FastrnnEagerLayers(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_results: Tensor | None) -> Gradients:
         operator, tensors = ctx.operator, ctx.saved_tensors
-        needed = halves(ctx.needs_input_grad[1:])
+        needed = halves(_needed(ctx, tensors, layers=2))
         kept = tensors[: ctx.first_tensors], tensors[ctx.first_tensors :]
         first, second = map(partial(_backward_arguments, operator), ctx.kept, kept, halves(grad_results), needed)
         if torch.compiler.is_compiling() or _is_differentiated(*first, *second) or is_forward_mode():

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, Dataset
 
 import fastrnn
+from fastrnn import autograd
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_char_lm.py"
 NAMES = ("RNN", "GRU", "LSTM")
@@ -227,6 +228,52 @@ def test_accelerate_loads_into_what_was_converted_without_weights(name, tmp_path
     accelerate.cpu_offload(model, execution_device="cpu")
     assert model.rnn.weight_hh_l0.is_meta
     torch.testing.assert_close(model(input), saved(input))
+
+
+# What torch.autograd.grad is asked for, of layers so large that it is worth asking back: the input, and which weights.
+@pytest.mark.parametrize("of, weights", [("x", []), ("x", [0]), ("", [1, 3]), ("", [0, 5]), ("", range(8))])
+@pytest.mark.parametrize("is_leaf", [True, False])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gradients_of_some(of, weights, bidirectional, is_leaf, device, monkeypatch):
+    torch.manual_seed(0)
+    ours = fastrnn.GRU(128, 160, bidirectional=bidirectional, device=device)
+    theirs = nn.GRU(128, 160, bidirectional=bidirectional, device=device)
+    theirs.load_state_dict(ours.state_dict())
+    made, by_argument = [], autograd._gradients_by_argument  # whether gradients of weights were made, at each call
+
+    def watch(gradients, needed):
+        made.append(any(needed[1:3]))
+        return by_argument(gradients, needed)
+
+    monkeypatch.setattr(autograd, "_gradients_by_argument", watch)
+    leaf, results = torch.randn(32, 32, 128, device=device, requires_grad=True), []
+    for rnn in (ours, theirs):
+        x, parameters = leaf if is_leaf else leaf.exp(), list(rnn.parameters())
+        chosen = [x] * len(of) + [parameters[i] for i in weights if i < len(parameters)]
+        loss = rnn(x)[0].square().sum()
+        results.append(torch.autograd.grad(loss, chosen, retain_graph=True))
+        loss.backward(inputs=[leaf])
+        results[-1] += (leaf.grad,)
+        leaf.grad = None
+    assert_all_close(*results, atol=1e-3, rtol=1e-3)
+    directions = [any(i // 4 == d for i in weights) for d in range(1 + bidirectional)]
+    assert sorted(made) == sorted(directions + [False] * len(directions))
+
+
+def test_gradient_penalty_of_a_large_layer(device):
+    """The gradient of the input alone, which depends on the weights."""
+    torch.manual_seed(0)
+    factory = {
+        "device": device,
+        "dtype": torch.float64,
+    }  # torch.nn's LSTM in float32 has no second derivative on the CPU
+    ours, theirs = fastrnn.LSTM(128, 160, **factory), nn.LSTM(128, 160, **factory)
+    theirs.load_state_dict(ours.state_dict())
+    input, results = torch.randn(24, 32, 128, **factory, requires_grad=True), []
+    for lstm in (ours, theirs):
+        (gradient,) = torch.autograd.grad(lstm(input)[0].square().sum(), input, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), list(lstm.parameters())))
+    assert_all_close(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
