@@ -31,8 +31,9 @@ class Backward {
   // What comes before the threads share the work.
   void prepare() {
     const ThreadPool& pool = plan_.threads > 1 || plan_.side_by_side ? pool_ : kOneThread;
-    hh_ = Columns<S>(p_.w_hh, p_.P, Cell::kGates * p_.H, plan_.pack_recurrent, pool);
-    if (p_.w_hr) hr_ = Columns<S>(p_.w_hr, p_.H, p_.P, plan_.pack_recurrent, pool);
+    const bool pack = plan_.pack_recurrent || (Multiply<S>::kDepth > 1 && p_.steps.T > 2);
+    if (p_.steps.T > 1 || p_.need_states) hh_ = Columns<S>(p_.w_hh, p_.P, Cell::kGates * p_.H, pack, pool);
+    if (p_.w_hr) hr_ = Columns<S>(p_.w_hr, p_.H, p_.P, pack, pool);
     if constexpr (kNormalises<Cell>) {
       for (int i = 0; i < plan_.threads; ++i) rows_.emplace_back(p_.H);
     }

@@ -170,7 +170,7 @@ class Ahead {
 };
 
 // out [kRows, kVectors*W] = start + rows [kRows, K] * panel [K / kDepth, kVectors*W], the rows of the panel `stride`
-// elements apart: words or, in storage that is widened, values. start: one row for all; null for zero; or `out`, which
+// elements apart: words, or values, [K, kVectors*W]. start: one row for all; null for zero; or `out`, which
 // is added to. Only the first kUsed vectors are read and written. ahead: lines to ask for, one a word, or null.
 template <typename R, int kVectors, int kUsed, int kRows, typename Panel>
 void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t stride, const Sum<R>* start,
@@ -197,7 +197,14 @@ void product_exact(int64_t K, const R* const* rows, const Panel* panel, int64_t 
 
   const auto add = [&](int c, int64_t word, int64_t depth) FASTRNN_INLINE {
     const auto of_row = [&](int r) FASTRNN_INLINE { return M::repeat(row[r] + word * M::kDepth, depth); };
-    const auto of_panel = [&](int v) FASTRNN_INLINE { return load(panel + word * stride + v * kW, AllLanes{}); };
+    const auto of_panel = [&](int v) FASTRNN_INLINE {
+      if constexpr (M::kDepth > 1 && std::is_same_v<Panel, R>) {
+        const R* const first = panel + word * M::kDepth * stride + v * kW;
+        return M::words(first, depth > 1 ? first + stride : nullptr, AllLanes{});
+      } else {
+        return load(panel + word * stride + v * kW, AllLanes{});
+      }
+    };
     if constexpr (kHoldsPanelRow<kVectors, kRows>) {
       Words w[kUsed];
 #pragma GCC unroll 16

@@ -106,12 +106,11 @@ class Columns {
 
   Columns() = default;
   Columns(const S* w, int64_t columns, int64_t K, bool pack, const ThreadPool& pool) : w_(w), columns_(columns), K_(K) {
-    const bool all = pack || Multiply<S>::kDepth > 1;  // no row of w holds words of several rows
-    first_packed_ = all ? 0 : columns / Panel::kBlock;
+    first_packed_ = pack ? 0 : columns / Panel::kBlock;
     const int64_t first_column = first_packed_ * Panel::kBlock, to_pack = columns - first_column;
     packed_ = Buffer<WordOf<S>>(Panel::panels(to_pack) * words_of<S>(K) * Panel::kColumns);
     constexpr int64_t kRowBlock = 64;  // whole words
-    const ThreadPool& packers = all ? pool : kOneThread;
+    const ThreadPool& packers = pack ? pool : kOneThread;
     const ProductShares shares(K, kRowBlock, to_pack, Panel::kBlock, packers.threads);
     in_parallel(packers, shares.count(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -164,7 +163,7 @@ class Columns {
     if (units.begin >= first_packed_ * Panel::kBlock) {
       const WordOf<S>* const part = packed(units) + words_of<S>(k) * Panel::kColumns;
       product_of_units<R, Panel>(width, count, end - k, rows, part, Panel::kColumns, start, out, ahead);
-    } else if constexpr (Multiply<S>::kDepth == 1) {
+    } else {
       product_of_units<R, Panel>(width, count, end - k, rows, w_ + k * columns_ + units.begin, columns_, start, out,
                                  ahead);
     }
