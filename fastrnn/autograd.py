@@ -296,7 +296,7 @@ def _needed(ctx: Any, tensors: Sequence[Any], layers: int = 1) -> tuple[bool, ..
     are made where its engine has a use for any. It takes some 30 us to hear that it is after that of a leaf.
     """
     needed = ctx.needs_input_grad[1:]
-    if is_recorded() or torch._C._current_graph_task_id() < 0:
+    if is_recorded() or is_in_transform() or torch._C._current_graph_task_id() < 0:
         return needed  # type: ignore[no-any-return]
     weights = ctx.operator.floats - ctx.operator.states - 1
     input, *others = tensors[: weights + 1]
