@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import _C, _library, cells, wavefront
+from fastrnn import _C, _library, cells, ops, wavefront
 from fastrnn.convert import reason_against as reason_against_converting
 from fastrnn.options import beyond_torch
 from fastrnn.packing import reason_against as reason_against_keeping
@@ -89,8 +89,10 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
                 facts = {"I": width, "P": projected, "layers": directions, "widens": taken == "widened"}
                 facts["packed"] = bool(module._packings) and unpacked is None
                 path = _cpu_path(problem | facts | _cell_problem(module))
-                if module._kind == "RNN" and T == 1 and not beyond:
-                    path += "; with gradients, and where B or H is small, torch's own operator for one step"
+                multiply_adds = B * hidden * (width + hidden)
+                if module._kind == "RNN" and T == 1 and not beyond and multiply_adds < ops.STEP_WORTH_A_NODE:
+                    is_always = is_cell and multiply_adds < ops.STEP_WORTH_FUSING
+                    path = "torch's own operator for one step" + ("" if is_always else f"; without gradients {path}")
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")
     notes = [f"weights do not stay packed: {unpacked}"] if unpacked else []
     # Only builds with persistent kernels have this operator.

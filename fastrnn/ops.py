@@ -139,8 +139,8 @@ def rnn_step(
 ) -> Tensor | None:
     """One step (B, H) of `rnn_layer` by torch's own operators, or None where the layer is to be preferred.
 
-    On the CPU fusing a single step saves less than the call costs where the step is small and, where gradients are
-    wanted, less than a node of the graph in Python costs up to larger ones.
+    On the CPU fusing a single step saves less than a call costs where the step is small, and where gradients are wanted
+    less than a call and a node of the graph in Python cost, in larger ones too.
     """
     step = _RNN_STEP.get(nonlinearity)
     if step is None or not input.is_cpu or torch.compiler.is_compiling():
@@ -149,7 +149,7 @@ def rnn_step(
         return None
     arguments = (input, h, w_ih, w_hh, b_ih, b_hh)
     wants_gradients = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-    least = _STEP_WORTH_A_NODE if wants_gradients else _STEP_WORTH_FUSING
+    least = STEP_WORTH_A_NODE if wants_gradients else STEP_WORTH_FUSING
     return step(*arguments) if input.size(0) * (w_ih.numel() + w_hh.numel()) < least else None
 
 
@@ -443,7 +443,7 @@ def _slstm_definition(*arguments: Any) -> tuple[Tensor, ...]:
     return reference.slstm_layer(input, w_ih, w_hh, b_ih, b_hh, h0, c0, **options)
 
 
-_STEP_WORTH_FUSING, _STEP_WORTH_A_NODE = 1 << 16, 1 << 20  # multiply-adds
+STEP_WORTH_FUSING, STEP_WORTH_A_NODE = 1 << 16, 1 << 20  # multiply-adds; with gradients
 _RNN_STEP = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 _RNN = {
     nonlinearity: _h_operator(f"rnn_{nonlinearity}_layer", 0, 1, reference.rnn_layer, nonlinearity=nonlinearity)

@@ -263,10 +263,8 @@ def test_gradients_of_some(of, weights, bidirectional, is_leaf, device, monkeypa
 def test_gradient_penalty_of_a_large_layer(device):
     """The gradient of the input alone, which depends on the weights."""
     torch.manual_seed(0)
-    factory = {
-        "device": device,
-        "dtype": torch.float64,
-    }  # torch.nn's LSTM in float32 has no second derivative on the CPU
+    # In float32 torch.nn's LSTM has no second derivative on the CPU.
+    factory = {"device": device, "dtype": torch.float64}
     ours, theirs = fastrnn.LSTM(128, 160, **factory), nn.LSTM(128, 160, **factory)
     theirs.load_state_dict(ours.state_dict())
     input, results = torch.randn(24, 32, 128, **factory, requires_grad=True), []

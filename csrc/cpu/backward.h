@@ -31,6 +31,7 @@ class Backward {
   // What comes before the threads share the work.
   void prepare() {
     const ThreadPool& pool = plan_.threads > 1 || plan_.side_by_side ? pool_ : kOneThread;
+    // Words of several rows are put together at every step, unless they are packed.
     const bool pack = plan_.pack_recurrent || (Multiply<S>::kDepth > 1 && p_.steps.T > 2);
     if (p_.steps.T > 1 || p_.need_states) hh_ = Columns<S>(p_.w_hh, p_.P, Cell::kGates * p_.H, pack, pool);
     if (p_.w_hr) hr_ = Columns<S>(p_.w_hr, p_.H, p_.P, pack, pool);

@@ -12,7 +12,9 @@ void input_gradient(const InputGradient<S>& p, const ThreadPool& all_threads) {
   constexpr int kRows = kTileRows<Panel::kVectors>;
   constexpr int64_t kRowsPerBlock = 16 * kRows;
   const ThreadPool& pool = worth_threads(p.N * p.M * p.I) ? all_threads : kOneThread;
-  const Columns<S> w(p.w_ih, p.I, p.M, p.N >= (Multiply<S>::kDepth > 1 ? kRows + 1 : kRowsWorthPacking), pool);
+  // Words of several rows are put together for every tile, unless they are packed.
+  const int64_t rows_worth_packing = Multiply<S>::kDepth > 1 ? kRows + 1 : kRowsWorthPacking;
+  const Columns<S> w(p.w_ih, p.I, p.M, p.N >= rows_worth_packing, pool);
   const auto block_of = [&](int64_t first, int64_t last, Units units) {
     w.times(
         units, p.d_gates, first, last, [](int64_t, int) {},
