@@ -295,20 +295,20 @@ def _needed(ctx: Any, tensors: Sequence[Any], layers: int = 1) -> tuple[bool, ..
     Those that require one. But torch.autograd.grad may be after the gradient of the input alone: costly ones of weights
     are made where its engine has a use for any. It takes some 30 us to hear that it is after that of a leaf.
     """
-    needed = ctx.needs_input_grad[1:]
+    needed: tuple[bool, ...] = ctx.needs_input_grad[1:]
     if is_recorded() or is_in_transform() or torch._C._current_graph_task_id() < 0:
-        return needed  # type: ignore[no-any-return]
+        return needed
     weights = ctx.operator.floats - ctx.operator.states - 1
     input, *others = tensors[: weights + 1]
     work = input.numel() // max(1, input.size(-1)) * sum([w.numel() for w in others if w is not None])
     if work < _WORTH_ASKING:
-        return needed  # type: ignore[no-any-return]
+        return needed
     nodes = iter([node for node, _ in ctx.next_functions if node is not None])
-    of_arguments, needed = [next(nodes) if need else None for need in needed], list(needed)
+    of_arguments, used = [next(nodes) if need else None for need in needed], list(needed)
     for first in range(1, len(needed), len(needed) // layers):
         if not any(map(_is_used, of_arguments[first : first + weights])):
-            needed[first : first + weights] = [False] * weights
-    return tuple(needed)
+            used[first : first + weights] = [False] * weights
+    return tuple(used)
 
 
 def _is_used(node: Any) -> bool:

@@ -90,7 +90,8 @@ def explain(module: Any, input: Tensor | PackedSequence) -> Explanation:
                 facts["packed"] = bool(module._packings) and unpacked is None
                 path = _cpu_path(problem | facts | _cell_problem(module))
                 multiply_adds = B * hidden * (width + hidden)
-                if module._kind == "RNN" and T == 1 and not beyond and multiply_adds < ops.STEP_WORTH_A_NODE:
+                is_plain_step = module._kind == "RNN" and T == 1 and batch_sizes is None and not beyond
+                if is_plain_step and multiply_adds < ops.STEP_WORTH_A_NODE:
                     is_always = is_cell and multiply_adds < ops.STEP_WORTH_FUSING
                     path = "torch's own operator for one step" + ("" if is_always else f"; without gradients {path}")
             lines.append(f"{label} ({sizes} {str(dtype).removeprefix('torch.')}): {path}")

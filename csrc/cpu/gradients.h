@@ -158,7 +158,7 @@ class WeightGradients {
       const int64_t begin = std::max<int64_t>(0, share.column_begin - before);
       const int64_t end = std::min(K, share.column_end - before);
       for (int64_t m = share.row_begin; m < share.row_end; ++m) {
-        Vec<T> gates[kFew + 1];
+        Vec<T> gates[std::max(1, kFew)];
         T bias = 0;
 #pragma GCC unroll 8
         for (int n = 0; n < kFew; ++n) {
